@@ -1,0 +1,96 @@
+"""A loaded MODEL as the core's denoiser, through ``BaseModel.apply_model``.
+
+``apply_model`` is the one call that every family answers alike. It honours what other nodes patched in
+(attention, model sampling, wrappers) and returns the clean latent x0, from which the model's own prediction is
+recovered: the loss belongs there, not on x0, whose error grows with the noise.
+"""
+
+import uuid
+
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from ...training.denoiser import Conditioning
+from ...training.predictions import convert
+from .families import family_of
+from .noise_levels import noise_levels
+from .prompts import GUIDANCE, PROMPT, PromptTable
+
+
+class ComfyDenoiser:
+    """A denoiser over a model that :func:`~.session.training_session` has made ready.
+
+    Conditioning: ``prompt`` (b,) rows of ``prompts``, and optionally ``guidance`` (b,).
+    """
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, prompts: PromptTable) -> None:
+        self.family = family_of(model)
+        self.module: nn.Module = model.model.diffusion_model
+        self._levels = noise_levels(model)
+        self.process = self._levels.process
+        self.prediction = self._levels.prediction
+        self.log_snr_range = self._levels.log_snr_range
+        self._model = model
+        self._prompts = prompts
+        self._options = transformer_options(model)
+        self._conds: dict[tuple, dict] = {}
+
+    def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's own prediction (b, c, ...) in float32."""
+        sigma = self._levels.sigma(log_snr)
+        x = self._levels.comfy_input(x_t.float(), sigma)
+        x0 = torch.empty_like(x)
+        rows = [self._model_conds(x, conditioning, row) for row in range(len(x))]
+        for group in alike(rows):
+            conds = comfy.samplers.cond_cat([rows[row] for row in group])
+            answer = self._apply(x[group], sigma[group], conds)
+            x0 = answer if len(group) == len(x) else x0.index_copy(0, torch.tensor(group, device=x.device), answer)
+        return convert(x0, "x0", self.prediction, self.process, x_t, log_snr)
+
+    def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
+        options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
+        return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+
+    def _model_conds(self, x: Tensor, conditioning: Conditioning, row: int) -> dict:
+        """ComfyUI's conds of one row, made once for every prompt, guidance and latent size."""
+        prompt = int(conditioning[PROMPT][row])
+        guidance = float(conditioning[GUIDANCE][row]) if GUIDANCE in conditioning else None
+        key = (prompt, guidance, x.shape[1:])
+        if key not in self._conds:
+            self._conds[key] = self._make_conds(x[row : row + 1], prompt, guidance)
+        return self._conds[key]
+
+    @torch.no_grad()
+    def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
+        params = dict(self._prompts.answer(prompt))
+        if guidance is not None:
+            params["guidance"] = guidance
+        # What comfy.samplers.encode_model_conds adds; it too takes every latent for 8 times smaller than the picture.
+        params |= {"device": noise.device, "noise": noise, "latent_image": torch.zeros_like(noise)}
+        params |= {"height": noise.shape[-2] * 8, "width": noise.shape[-1] * 8, "prompt_type": "positive"}
+        conds = self._model.model.extra_conds(**params)
+        return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
+
+
+def alike(rows: list[dict]) -> list[list[int]]:
+    """Rows that fit into one batch, by ComfyUI's own rule: prompts of unlike length run one after the other."""
+    groups: list[list[int]] = []
+    for row, conds in enumerate(rows):
+        for group in groups:
+            if comfy.samplers.cond_equal_size(rows[group[0]], conds):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def transformer_options(model: comfy.model_patcher.ModelPatcher) -> dict:
+    """The patches, wrappers and callbacks that nodes before ours put on the model, as a sampler passes them."""
+    options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
+    comfy.samplers.cast_to_load_options(options, device=model.load_device, dtype=model.model_dtype())
+    return options["transformer_options"]

@@ -1,0 +1,51 @@
+"""Prompts as ComfyUI's text encoders answer them, kept whole.
+
+An encoder's answer is a tensor with any number of tokens plus a dict whose entries differ between families. The
+core moves rows of tensors about, so it is handed row numbers, and the answers stay here.
+"""
+
+import comfy.sd
+import torch
+
+from ...training.denoiser import Conditioning
+
+PROMPT = "prompt"  # (b,) int64: rows of a PromptTable
+GUIDANCE = "guidance"  # (b,) the distilled guidance of FLUX.1-dev and its kin
+
+
+class PromptTable:
+    """The prompts that a run has asked for, each encoded once."""
+
+    def __init__(self, clip: comfy.sd.CLIP) -> None:
+        self._clip = clip
+        self._rows: dict[str, int] = {}
+        self._answers: list[dict] = []
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Rows (b,) for prompts, encoding the new ones."""
+        for prompt in prompts:
+            if prompt not in self._rows:
+                self._answers.append(_encode(self._clip, prompt))
+                self._rows[prompt] = len(self._answers) - 1
+        return {PROMPT: torch.tensor([self._rows[prompt] for prompt in prompts])}
+
+    def answer(self, row: int) -> dict:
+        """What the text encoder said, under the names that a model's ``extra_conds`` takes. Not to be changed."""
+        return self._answers[row]
+
+
+def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
+    with torch.inference_mode():
+        answers = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), show_pbar=False)
+    if len(answers) != 1:
+        raise ValueError(
+            f"the text encoder changes over the steps ({len(answers)} keyframes), which has no meaning in training: "
+            "connect a CLIP without scheduled hooks"
+        )
+    ((cross_attention, rest),) = answers
+    return {key: _outside_inference(value) for key, value in {**rest, "cross_attn": cross_attention}.items()}
+
+
+def _outside_inference(value: object) -> object:
+    """Tensors as ordinary ones, which autograd accepts. Called outside inference mode."""
+    return value.clone() if isinstance(value, torch.Tensor) else value

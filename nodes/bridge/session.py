@@ -1,0 +1,49 @@
+"""What ComfyUI needs while a model is trained inside it, in one ``with`` block."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from .differentiable import exchange_inference_tensors
+
+
+@contextmanager
+def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required: float = 0) -> Iterator[None]:
+    """Inside, ``model`` is loaded with its patches applied, and gradients flow through its frozen weights.
+
+    Nodes run in inference mode; ``in_training`` picks kernels that have a backward pass; the global generators are
+    put back, for other nodes draw from them. ``memory_required`` is in bytes, for what training adds.
+    """
+    with torch.inference_mode():  # loading writes into weights that may be inference tensors
+        comfy.model_management.load_models_gpu([model], memory_required=memory_required, force_full_load=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(_devices(model.load_device)))
+        stack.enter_context(_in_training())
+        exchange_inference_tensors(model.model)
+        model.pre_run()
+        stack.callback(model.cleanup)
+        yield
+
+
+@contextmanager
+def _in_training() -> Iterator[None]:
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def raise_if_interrupted() -> None:
+    """ComfyUI's interrupt, for code that runs none of ComfyUI's layers for a while."""
+    comfy.model_management.throw_exception_if_processing_interrupted()

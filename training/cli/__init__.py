@@ -1,0 +1,10 @@
+"""The command ``stylewright``: one file for a command or two, put together in :mod:`.app`."""
+
+
+def main() -> None:
+    """Runs the command line of this process. Leaves it with the exit code."""
+    import sys
+
+    from .app import run
+
+    sys.exit(run(sys.argv[1:]))

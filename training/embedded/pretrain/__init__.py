@@ -1,0 +1,1 @@
+"""Rebuilds the embedded model from nothing: oracle, autoencoder, latents, transformer, model card."""

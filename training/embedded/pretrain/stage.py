@@ -1,0 +1,126 @@
+"""What the stages of pre-training share: optimisers, an average of the weights, and a loop that resumes."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from ...formats.state import load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Flattened(nn.Module):
+    """A convolution kernel seen as the matrix (out, in * h * w), the shape that Muon works on."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.shape = kernel.shape[1:]
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, self.shape)
+
+    def right_inverse(self, kernel: Tensor) -> Tensor:
+        return kernel.flatten(1)
+
+
+def flatten_kernels(module: nn.Module) -> None:
+    """Lets the inner convolutions of ``module`` be optimised as matrices."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
+            parametrize.register_parametrization(layer, "weight", Flattened(layer.weight))
+
+
+def unflatten_kernels(module: nn.Module) -> None:
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+
+
+def optimisers(named: Iterable[tuple[str, nn.Parameter]], is_hidden: Callable[[str], bool], lr: float) -> list[Optimizer]:
+    """Muon for the hidden matrices (Jordan et al. 2024), AdamW for everything else."""
+    named = list(named)
+    hidden = [p for name, p in named if p.ndim == 2 and is_hidden(name)]
+    rest = [p for name, p in named if not (p.ndim == 2 and is_hidden(name))]
+    return [
+        Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", ns_steps=4),
+        AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Exponential average of the weights, short at first so that the initial weights are soon forgotten."""
+
+    def average(averages: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(module, multi_avg_fn=average)
+
+
+def trapezoid(steps: int, warm_up: int, decay_from: float = 0.5) -> Callable[[int], float]:
+    """Learning-rate factor: linear warm-up, constant, linear decay to zero over the last part."""
+    start = decay_from * steps
+    return lambda step: min((step + 1) / warm_up, 1.0, max(0.0, (steps - step) / (steps - start)))
+
+
+def run(
+    checkpoint: Path,
+    step: Callable[[int], Tensor],
+    steps: int,
+    optimizers: list[Optimizer],
+    schedule: Callable[[int], float],
+    parts: Mapping[str, Stateful],
+    *,
+    save_every: int = 500,  # steps
+    report_every: int = 100,  # steps
+    evaluate: Callable[[int], str] | None = None,  # called at each save
+) -> None:
+    """Runs ``step(i)``, which returns a loss after backward, to the end of ``steps``, from the checkpoint if any."""
+    schedulers = [LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    everything = dict(parts)
+    everything |= {f"optimizer{i}": part for i, part in enumerate(optimizers)}
+    everything |= {f"schedule{i}": part for i, part in enumerate(schedulers)}
+    start = _resume(checkpoint, everything)
+    began, losses = time.monotonic(), []
+    for i in range(start, steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses.append(step(i).detach())
+        for part in (*optimizers, *schedulers):
+            part.step()
+        if (i + 1) % report_every == 0:
+            loss = torch.stack(losses).mean().item()
+            losses.clear()
+            if not math.isfinite(loss):
+                raise RuntimeError(f"{checkpoint.stem}: loss is {loss} before step {i + 1}")
+            pace = (time.monotonic() - began) / (i + 1 - start)
+            logger.info("%s: step %d of %d, loss %.4f, %.3f s a step", checkpoint.stem, i + 1, steps, loss, pace)
+        if (i + 1) % save_every == 0 or i + 1 == steps:
+            save_state(checkpoint, {"step": i + 1} | {name: part.state_dict() for name, part in everything.items()})
+            if evaluate is not None:
+                logger.info("%s: step %d, %s", checkpoint.stem, i + 1, evaluate(i + 1))
+
+
+def _resume(checkpoint: Path, parts: Mapping[str, Stateful]) -> int:
+    if not checkpoint.exists():
+        return 0
+    state = load_state(checkpoint)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    logger.info("%s: continues at step %d", checkpoint.stem, state["step"])
+    return state["step"]

@@ -1,0 +1,78 @@
+"""Nested state (of optimisers, loops, modules) in one safetensors file, without pickle.
+
+Tensors become the file's tensors; the tree around them is JSON in the file's metadata. A file is written
+beside its final name and renamed, so that a reader sees the old one or the new one and nothing between.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+VERSION = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary name beside ``path`` and renames the result into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(path: Path, state: Any, metadata: Mapping[str, str] | None = None) -> None:
+    """Saves a tree of dicts, lists, tuples, tensors and plain values."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = json.dumps(_pack(state, tensors))
+    header = {**(metadata or {}), "stylewright.state": tree, "stylewright.state_version": str(VERSION)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def load_state(path: Path) -> Any:
+    """The tree that :func:`save_state` wrote. ValueError for any other file."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        version = header.get("stylewright.state_version")
+        if version != str(VERSION):
+            raise ValueError(
+                f"{path} is not a Stylewright checkpoint that this version reads: "
+                f"its state version is {version}, expected {VERSION}"
+            )
+        return _unpack(json.loads(header["stylewright.state"]), file.get_tensor)
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = f"t{len(tensors)}"
+        # A copy: safetensors refuses tensors that share memory, and training goes on meanwhile.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_pack(item, tensors) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint: {value!r}")
+
+
+def _unpack(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensor(content)
+    if kind == "dict":
+        return {key: _unpack(item, tensor) for key, item in content}
+    items = [_unpack(item, tensor) for item in content]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,54 @@
+"""Pictures from prompts, with any host."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..noise import gaussian
+from ..randomness import generator
+from ..sampling import sample
+from .host import Host
+
+
+@torch.no_grad()
+def generate(
+    host: Host,
+    prompts: list[str],
+    *,
+    seed: int,
+    steps: int = 20,
+    guidance_scale: float | None = None,  # None = the host's own
+    size: tuple[int, int] | None = None,  # height and width in pixels; None = the host's resolution, square
+    negative: str = "",
+    callback: Callable[[int, int, Tensor], None] | None = None,
+) -> Tensor:
+    """One picture a prompt, (b, 3, h, w) in [0, 1] on the CPU.
+
+    Picture i depends on (seed, i) alone, not on how many are drawn with it. ValueError for a size that the model
+    cannot draw.
+    """
+    height, width = size or (host.resolution, host.resolution)
+    if height % host.pixels_per_token or width % host.pixels_per_token or min(height, width) < 1:
+        raise ValueError(f"{host.name} draws sizes that are multiples of {host.pixels_per_token}, got {width}x{height}")
+    shape = (1, host.latent_channels, height // host.pixels_per_latent, width // host.pixels_per_latent)
+    noise = torch.cat([gaussian(shape, generator(seed, "picture", i)) for i in range(len(prompts))])
+    scale = host.guidance_scale if guidance_scale is None else guidance_scale
+    latents = sample(
+        host.denoiser,
+        noise.to(host.device),
+        with_extras(host.encode_prompts(prompts), host.sampling_conditioning),
+        log_snrs=host.schedule(steps, height * width // host.pixels_per_token**2),
+        null_conditioning=None
+        if scale == 1.0
+        else with_extras(host.encode_prompts([negative] * len(prompts)), host.sampling_conditioning),
+        guidance_scale=scale,
+        callback=callback,
+    )
+    return host.decode_latents(latents).cpu()
+
+
+def with_extras(conditioning: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conditioning of a batch with a host's extra entries, (1, …) each, repeated for every row."""
+    rows = len(next(iter(conditioning.values())))
+    return {**conditioning, **{name: value.expand(rows, *value.shape[1:]) for name, value in extras.items()}}

@@ -1,0 +1,33 @@
+"""What a loop needs of a model: the denoiser, and the ways in and out of its latent space."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..clocks import flow_schedule
+from ..denoiser import Conditioning, Denoiser
+
+
+def _unshifted(steps: int, tokens: int) -> Tensor:
+    return flow_schedule(steps)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A text-to-image model, taken apart. Everything runs on ``device``."""
+
+    name: str  # what the model is called in files and logs, for example "embedded" or a path
+    denoiser: Denoiser
+    encode_images: Callable[[Tensor], Tensor]  # (b, 3, h, w) in [0, 1] -> latents (b, c, h', w'), float32
+    decode_latents: Callable[[Tensor], Tensor]  # the inverse, clamped to [0, 1]
+    encode_prompts: Callable[[list[str]], Conditioning]  # detached, one row a prompt
+    pixels_per_latent: int  # for example 8
+    pixels_per_token: int  # for example 16: sides of pictures are multiples of this
+    resolution: int  # side in pixels that the model was made for
+    device: str
+    training_conditioning: Conditioning  # extra entries while training, for example FLUX-dev's guidance 1.0
+    sampling_conditioning: Conditioning  # the same while sampling, for example guidance 3.5
+    latent_channels: int = 16
+    schedule: Callable[[int, int], Tensor] = _unshifted  # (steps, image tokens) -> log_snr (steps + 1,) to sample at
+    guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled
