@@ -8,12 +8,19 @@ And what keeps ComfyUI's start fast: heavy libraries are imported where they are
 """
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +37,7 @@ SCHEMA_API = {"comfy_api"}
 LAYERS = [
     {"mathematics"},
     {"adapters", "data", "embedded", "formats", "hosts"},
-    {"loops", "embedded/pretrain"},
+    {"loops", "demo", "embedded/pretrain"},
     {"cli"},
 ]
 
@@ -38,6 +45,7 @@ HEAVY = {
     "accelerate", "bitsandbytes", "diffusers", "matplotlib", "peft", "prodigyopt", "schedulefree", "scipy",
     "torchvision", "transformers",
 }  # fmt: skip
+NOT_INSTALLED = {"bitsandbytes", "torch"}  # torch comes with ComfyUI or an extra; bitsandbytes is the user's choice
 COMMAND_LINE = {"rich", "typer"}  # at the top of training/cli only, which nothing else imports
 
 
@@ -268,8 +276,19 @@ def test_importing_the_package_imports_almost_nothing():
     assert not loaded & (HEAVY | COMMAND_LINE | COMFYUI | {"torch", "numpy", "safetensors"})
 
 
-def test_the_parser_is_built_without_heavy_libraries():
-    code = "from stylewright.training.cli import command\ncommand()\nprint(*{n.split('.')[0] for n in sys.modules})"
-    loaded = set(run_python(code).split())
+def test_the_command_line_starts_without_heavy_libraries():
+    code = "from stylewright.training.cli.app import run\nassert run(['--help']) == 0\nprint('modules', *sys.modules)"
+    loaded = {name.split(".")[0] for name in run_python(code).partition("modules")[2].split()}
     assert "typer" in loaded
     assert not loaded & HEAVY
+
+
+def test_every_library_that_is_imported_is_declared():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    declared = {re.match(r"[a-z0-9-]+", requirement).group() for requirement in dependencies}
+    provided = packages_distributions()
+    used = {i.package for folder in ("training", "nodes") for i in imports_in(folder) if not i.relative}
+    used -= {*sys.stdlib_module_names, *COMFYUI, *SCHEMA_API, *NOT_INSTALLED}
+    undeclared = {name for name in used if not declared.intersection(map(str.lower, provided.get(name, ())))}
+    assert not undeclared

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .noise import log_snr_of_time, shift_log_snr, time_of_log_snr, wide
 
-# Flow times 1e-4 from either end. The paper's law has 4e-10 of its mass beyond.
+# Flow times 1e-4 from either end: N(-6, 3^2) has 2e-5 of its mass beyond, N(-6, 2^2) next to nothing.
 FLOW_RANGE = (-18.42, 18.42)
 # Stands for -inf where a table ends at zero SNR; the last index before it is near -15.
 LOWEST_LOG_SNR = -20.0

@@ -17,11 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .clocks import DiscreteClock, flux_shift_mu, interpolate, scaled_linear_alphas
+from .clocks import FLOW_RANGE, DiscreteClock, flux_shift_mu, interpolate, scaled_linear_alphas
 from .noise import resolution_shift, time_of_log_snr, timestep_shift
 
-# Uniforms of exactly 0 or 1 belong to infinite noise levels. Half a step of float64 inside, the normal's quantile
-# is finite (8.2 standard deviations), and the mass that moves is 1e-16.
+# Uniforms of exactly 0 or 1 belong to infinite noise levels. One step of float64 inside, the normal's quantile is
+# finite (8.2 standard deviations), and the mass that moves is 1e-16.
 SMALLEST_SHARE = 2.0**-53
 # A range that a law reaches less often than this is a mistake of the user's, not a law to sample from.
 SMALLEST_MASS = 1e-9
@@ -58,14 +58,15 @@ class Normal:
         return (self.mu + self.sigma * torch.special.ndtri(inside(u))).float()
 
     def cdf(self, log_snr: Tensor) -> Tensor:
-        return torch.special.ndtr((log_snr.double() - self.mu) / self.sigma)
+        # ndtr by way of erfc, which unlike torch's ndtr is right to the last digits in the far tail on the noisy side.
+        return torch.special.erfc((self.mu - log_snr.double()) / (self.sigma * math.sqrt(2))) / 2
 
     def describe(self) -> dict:
         return {"law": "normal", "mu": self.mu, "sigma": self.sigma}
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Normal:
-    """SD3's law (arXiv 2403.03206, Eq. 19): logit(t) ~ N(mean, std^2), then the timestep shift."""
+    """SD3's law (arXiv 2403.03206, section 3.1): logit(t) ~ N(mean, std^2), then the timestep shift."""
     return Normal(mu=-2 * mean + timestep_shift(shift), sigma=2 * std)
 
 
@@ -216,7 +217,7 @@ def stratified_uniform(n: int, generator: torch.Generator) -> Tensor:
     cells = 2**32  # with n up to a million every sum below is exact in float64, and 0 and 1 cannot occur
     within = torch.randint(cells, (n,), generator=generator, device=generator.device, dtype=torch.int64)
     stratum = torch.randperm(n, generator=generator, device=generator.device)
-    return (stratum + (within + 0.5) / cells) / n
+    return (stratum + (within.double() + 0.5) / cells) / n
 
 
 def share_below(density: Density, log_snr: float) -> float:
@@ -300,14 +301,15 @@ def build_density(config: DensityConfig, log_snr_range: tuple[float, float], tok
     """The law that a run on a model with ``log_snr_range`` and pictures of ``tokens`` image tokens draws from.
 
     The preset with the user's mean and deviation, shifted, carried from ``reference_tokens`` to ``tokens`` where a
-    reference is given (see :func:`noise.resolution_shift`), and truncated to what the model knows.
+    reference is given (see :func:`noise.resolution_shift`), and truncated to what the model knows, or to flow times
+    between 1e-4 and 1 - 1e-4 where that is narrower.
     """
     density = preset_density(config)
     if config.shift != 1.0:
         density = Shifted(density, timestep_shift(config.shift))
     if config.reference_tokens is not None:
         density = Shifted(density, resolution_shift(tokens, config.reference_tokens))
-    return Truncated(density, *log_snr_range)
+    return Truncated(density, max(log_snr_range[0], FLOW_RANGE[0]), min(log_snr_range[1], FLOW_RANGE[1]))
 
 
 def preset_density(config: DensityConfig) -> Density:

@@ -35,10 +35,8 @@ def alpha_sigma(process: str, log_snr: Tensor) -> tuple[Tensor, Tensor]:
     return PROCESSES[process](wide(log_snr))
 
 
-def log_snr_of(process: str, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The inverse of :func:`alpha_sigma`. Any common factor of the two cancels, so that a host may scale its inputs."""
-    if process not in PROCESSES:
-        raise ValueError(f"Unknown process {process!r}: expected one of {', '.join(PROCESSES)}.")
+def log_snr_of(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The inverse of :func:`alpha_sigma`, the same for every process: any common factor of the two cancels."""
     return 2 * (torch.log(wide(alpha)) - torch.log(wide(sigma)))
 
 
@@ -93,7 +91,7 @@ def shift_log_snr(log_snr: Tensor, shift: float) -> Tensor:
 
 
 def timestep_shift(shift: float) -> float:
-    """What the timestep shift k of SD3 (arXiv 2403.03206, Eq. 23) adds to a log_snr: -2 log k.
+    """What the timestep shift k of SD3 (arXiv 2403.03206, section 5.3.2) adds to a log_snr: -2 log k.
 
     A shift above 1 moves towards noise; FLUX states the logarithm of its own, mu = log k.
     """
@@ -105,8 +103,8 @@ def timestep_shift(shift: float) -> float:
 def resolution_shift(tokens: int, reference_tokens: int) -> float:
     """What to add to a log_snr stated for ``reference_tokens`` so that it destroys as much at ``tokens``.
 
-    2 log sqrt(reference_tokens / tokens), the rule of SD3 (arXiv 2403.03206, section 5.3.2): a smaller picture
-    needs less noise for the same loss of content. From 4096 tokens to 64 it carries -6 to -1.84.
+    2 log sqrt(reference_tokens / tokens), the rule of the same section: a smaller picture needs less noise for the
+    same loss of content. From 4096 tokens to 64 it carries -6 to -1.84.
     """
     if tokens < 1 or reference_tokens < 1:
         raise ValueError(f"Got {tokens} tokens against a reference of {reference_tokens}: expected at least 1 of each.")

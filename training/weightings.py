@@ -31,7 +31,7 @@ def x0(log_snr: Tensor, prediction: str, process: str) -> Tensor:
 
 
 def min_snr(log_snr: Tensor, prediction: str, process: str) -> Tensor:
-    """min(SNR, 5) on x0. Min-SNR (arXiv 2303.09556, section 3.4)."""
+    """min(SNR, 5) on x0. Min-SNR (arXiv 2303.09556)."""
     return from_x0(wide(log_snr).exp().clamp(max=MIN_SNR_GAMMA), log_snr, prediction, process)
 
 
@@ -41,7 +41,7 @@ def soft_min_snr(log_snr: Tensor, prediction: str, process: str) -> Tensor:
 
 
 def p2(log_snr: Tensor, prediction: str, process: str) -> Tensor:
-    """1 / (1 + SNR) on eps, P2 with k = gamma = 1 (arXiv 2204.00227, Eq. 8); SNR / (1 + SNR) on x0."""
+    """1 / (1 + SNR) on eps, P2 with k = gamma = 1 (arXiv 2204.00227); SNR / (1 + SNR) on x0."""
     return from_x0(torch.sigmoid(wide(log_snr)), log_snr, prediction, process)
 
 
@@ -50,8 +50,8 @@ def debiased(log_snr: Tensor, prediction: str, process: str) -> Tensor:
     return from_x0(torch.exp(wide(log_snr) / 2), log_snr, prediction, process)
 
 
-def sigma(log_snr: Tensor, prediction: str, process: str) -> Tensor:
-    """1 / t^2 on the flow velocity, which is SNR-like; "sigma_sqrt" in diffusers."""
+def inverse_square(log_snr: Tensor, prediction: str, process: str) -> Tensor:
+    """1 / t^2 on the flow velocity: almost everything on the last details. "sigma_sqrt" in diffusers."""
     require_flow("sigma", prediction, process)
     return time_of_log_snr(log_snr) ** -2
 
@@ -98,6 +98,6 @@ WEIGHTINGS = {
     "p2": p2,
     "debiased": debiased,
     "x0": x0,
-    "sigma": sigma,
+    "sigma": inverse_square,
     "cosmap": cosmap,
 }

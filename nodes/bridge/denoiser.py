@@ -35,6 +35,8 @@ class ComfyDenoiser:
         self.log_snr_range = self._levels.log_snr_range
         self._model = model
         self._prompts = prompts
+        # Models that draw films and pictures alike (Wan, Qwen-Image) take a picture for a film of one frame.
+        self._frames = model.model.latent_format.latent_dimensions == 3
         self._options = transformer_options(model)
         self._conds: dict[tuple, dict] = {}
 
@@ -52,7 +54,9 @@ class ComfyDenoiser:
 
     def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
-        return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+        if not self._frames:
+            return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+        return self._model.model.apply_model(x[:, :, None], sigma, transformer_options=options, **conds).float()[:, :, 0]
 
     def _model_conds(self, x: Tensor, conditioning: Conditioning, row: int) -> dict:
         """ComfyUI's conds of one row, made once for every prompt, guidance and latent size."""
@@ -65,6 +69,7 @@ class ComfyDenoiser:
 
     @torch.no_grad()
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
+        noise = noise[:, :, None] if self._frames else noise
         params = dict(self._prompts.answer(prompt))
         if guidance is not None:
             params["guidance"] = guidance

@@ -1,4 +1,4 @@
-"""Which of our families a loaded model belongs to."""
+"""Which of our families a loaded model belongs to, and what else its class says."""
 
 import comfy.model_patcher
 
@@ -13,9 +13,6 @@ FAMILIES = {
     "Flux": "flux",
     "PixArtAlpha": "pixart",
 }
-# What ComfyUI passes as guidance to a distilled model that nobody gave one, and what such a model is trained with.
-SAMPLING_GUIDANCE = {"flux": 3.5}
-TRAINING_GUIDANCE = {"flux": 1.0}
 
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
@@ -29,3 +26,13 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
     """What ComfyUI calls the model's class, for messages and metadata."""
     return type(model.model.model_config).__name__
+
+
+def is_guidance_distilled(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """FLUX.1-dev and its kin, which are told a guidance scale instead of being run twice."""
+    return bool(model.model.model_config.unet_config.get("guidance_embed", False))
+
+
+def latents_per_token(model: comfy.model_patcher.ModelPatcher) -> int:
+    """Side of a token in latent pixels. A UNet has no tokens; counted like a transformer's, one rule holds for all."""
+    return int(model.model.model_config.unet_config.get("patch_size", 2) or 2)

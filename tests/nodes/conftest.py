@@ -76,8 +76,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32):
     model = model_config.get_model({}, "", device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        # Buffers too: SD3's table of positions is uninitialised memory.
+        for tensor in (*model.parameters(), *model.diffusion_model.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
     model.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 

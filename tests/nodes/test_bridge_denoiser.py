@@ -8,8 +8,7 @@ import torch
 pytestmark = pytest.mark.comfy
 
 FAMILIES = ("sd15", "sdxl", "flux", "sd3", "pixart")
-# 64 x 64 is the one size of the tiny PixArt, whose positions are stored.
-SIZES = {family: (16, 24) for family in FAMILIES}
+SIZES = {family: (16, 24) for family in FAMILIES} | {"pixart": (48, 64)}  # PixArt counts positions from a base size
 
 
 def x0_of_comfyui(model, clip, prompt, x, sigma):

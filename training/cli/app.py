@@ -13,6 +13,7 @@ import typer
 from ..errors import TrainingError
 from .density import density
 from .files import convert, inspect
+from .train import resume, train
 
 DEBUG = "--debug"
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(train)
+app.command()(resume)
 app.command()(density)
 app.command()(inspect)
 app.command()(convert)
@@ -41,10 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     debug = DEBUG in arguments
     try:
         app([argument for argument in arguments if argument != DEBUG], prog_name="stylewright")
-    except (ValueError, TrainingError, OSError) as error:
+    except (ValueError, TrainingError, OSError, ModuleNotFoundError) as error:
         if debug:
             traceback.print_exc()
-        typer.echo(f"stylewright: {error or type(error).__name__}", err=True)
+        typer.echo(f"stylewright: {error}", err=True)
         return 1
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 0

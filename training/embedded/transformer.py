@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..formats.keys_flux import flux_config, flux_to_diffusers, flux_to_original
+from ..formats.keys_flux import flux_to_original
 from ..formats.state import write_atomically
+from ..hosts.flux import transformer_of
 from .autoencoder import LATENT_CHANNELS
 from .text import WIDTH
 
@@ -45,9 +46,4 @@ def save_transformer(path: Path, transformer: "FluxTransformer2DModel", dtype: t
 
 def load_transformer(path: Path) -> "FluxTransformer2DModel":
     """The transformer of a file with original FLUX keys, of any size, in float32 and evaluation mode."""
-    from diffusers import FluxTransformer2DModel
-
-    original = load_file(path)
-    transformer = FluxTransformer2DModel(**flux_config(original))
-    transformer.load_state_dict({key: value.float() for key, value in flux_to_diffusers(original).items()})
-    return transformer.requires_grad_(False).eval()
+    return transformer_of(load_file(path), torch.float32)

@@ -1,1 +1,1 @@
-"""Rebuilds the embedded model from nothing: oracle, autoencoder, latents, transformer, model card."""
+"""Rebuilds the embedded model from nothing, stage by stage."""

@@ -1,4 +1,4 @@
-"""Stage 2: the autoencoder, on random crops of renders."""
+"""Stages 1 and 4: the autoencoder, on random crops of renders, and a refinement of its decoder alone."""
 
 import logging
 from pathlib import Path
@@ -16,6 +16,7 @@ from .stage import flatten_kernels, optimisers, run, trapezoid, unflatten_kernel
 logger = logging.getLogger(__name__)
 
 STEPS = 1000
+DECODER_STEPS = 1000
 BATCH = 8
 CROP = 64  # pixels
 LATENT_NOISE = 0.15  # largest deviation of the noise added before decoding: a smoother latent is easier to model
@@ -49,6 +50,36 @@ def train_autoencoder(work: Path, out: Path, *, seed: int, steps: int = STEPS) -
     unflatten_kernels(model)
     save_autoencoder(out, model)
     logger.info("autoencoder: %s, PSNR %.2f dB on held-out pictures", out, psnr(load_autoencoder(out), seed))
+
+
+def refine_decoder(work: Path, path: Path, *, seed: int, steps: int = DECODER_STEPS) -> None:
+    """Trains the decoder of the autoencoder in ``path`` further and writes it back.
+
+    The encoder, and with it the latent space, stays as it is: a transformer trained there remains right.
+    """
+    model = load_autoencoder(path).to(memory_format=torch.channels_last)
+    flatten_kernels(model.decoder)
+    model.decoder.requires_grad_(True)
+
+    def step(i: int) -> Tensor:
+        draw = generator(seed, "decoder", i)
+        pictures = _crops(training_scenes(BATCH, seed, "decoder", i, random_palette=0.5), draw)
+        noise = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1, generator=draw).square()
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = model.encoder(pictures).float()
+            decoded = model.decoder(latents + noise * torch.randn(latents.shape, generator=draw)).float()
+        loss = reconstruction_loss(decoded, pictures)
+        loss.backward()
+        return loss
+
+    def evaluate(_: int) -> str:
+        return f"PSNR {psnr(model, seed):.2f} dB"
+
+    matrices = optimisers(model.decoder.named_parameters(), lambda name: "original" in name, LR / 2)
+    run(work / "decoder.safetensors", step, steps, matrices, trapezoid(steps, 50, 0.3), {"model": model}, evaluate=evaluate)
+    unflatten_kernels(model)
+    save_autoencoder(path, model)
 
 
 def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> Tensor:

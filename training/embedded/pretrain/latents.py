@@ -1,4 +1,4 @@
-"""Stage 3: encoded pictures for the transformer, in shards that are made when first needed."""
+"""For stage 3: encoded pictures for the transformer, in shards that are made when first needed."""
 
 import logging
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class LatentPool:
     work: Path
     autoencoder: "AutoencoderTiny"
     seed: int
-    shards: int = 20
-    first: int = 3
-    grow_every: int = 200  # steps
+    shards: int = 8
+    first: int = 1
+    grow_every: int = 400  # steps
 
     def __post_init__(self) -> None:
         self._latents: list[Tensor] = []
@@ -67,8 +67,8 @@ class LatentPool:
         scenes = training_scenes(SHARD, self.seed, "latents", k, named=0.25)
         encoder = self.autoencoder.encoder.to(memory_format=torch.channels_last)
         latents = []
-        for start in range(0, SHARD, 50):
-            pictures = 2 * render(scenes[start : start + 50]) - 1
+        for start in range(0, SHARD, 10):
+            pictures = 2 * render(scenes[start : start + 10]) - 1
             with torch.autocast("cpu", torch.bfloat16):
                 latents.append(encoder(pictures.to(memory_format=torch.channels_last)).to(torch.bfloat16))
         attributes = torch.stack([getattr(scenes, name) for name in ATTRIBUTES], 1)

@@ -1,4 +1,4 @@
-"""Stage 1: the oracle, on fresh renders of every attribute value, held-out ones included."""
+"""Stage 2: the oracle, on fresh renders of every attribute value, held-out ones included."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stage 4: the transformer and its text encoder, by flow matching on the latents."""
+"""Stage 3: the transformer and its text encoder, by flow matching on the latents."""
 
 import logging
 from pathlib import Path

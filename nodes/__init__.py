@@ -1,0 +1,30 @@
+"""The nodes: thin files over the training core, which they reach through :mod:`.bridge`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .dataset import StyleDatasetNode
+from .density import StyleDensityNode
+from .embedded_model import EmbeddedModelNode
+from .lora_loader import StyleLoRALoader
+from .reference import ReferenceNode
+from .trainer import StyleFriendlySNRTrainer
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    EmbeddedModelNode,
+    ReferenceNode,
+    StyleDatasetNode,
+    StyleDensityNode,
+    StyleFriendlySNRTrainer,
+    StyleLoRALoader,
+)
+
+
+class Stylewright(ComfyExtension):
+    """What ComfyUI asks for our nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODES)
+
+
+def extension() -> Stylewright:
+    return Stylewright()

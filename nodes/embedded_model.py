@@ -1,0 +1,34 @@
+"""The model that ships with the pack."""
+
+from comfy_api.latest import io
+
+from .bridge.embedded import load_embedded
+
+
+class EmbeddedModelNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StylewrightEmbeddedModel",
+            display_name="Embedded Model",
+            category="stylewright/model",
+            description=(
+                "A small FLUX that ships with Stylewright: model, text encoder and VAE, with nothing to download. It "
+                "draws simple subjects in named styles at 128x128, and everything that works on it works on FLUX.1-dev."
+            ),
+            search_aliases=["tiny flux", "demo model", "small model", "load checkpoint", "stylewright"],
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", tooltip="A FLUX of a few million parameters. Sample it at CFG 3."),
+                io.Clip.Output(
+                    "clip",
+                    tooltip="Its text encoder. It knows a few dozen words; an unknown word is an error that lists them.",
+                ),
+                io.Vae.Output("vae", tooltip="Its autoencoder: 16 channels, 8 times smaller than the picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        embedded = load_embedded()
+        return io.NodeOutput(embedded.model, embedded.clip, embedded.vae)

@@ -1,0 +1,60 @@
+"""Pictures of the embedded model's world in styles that it has never seen: something to learn from."""
+
+import torch
+from comfy_api.latest import io
+
+from ..training.embedded.renderer import HELD_OUT_STYLES, SUBJECTS, render, scene_of
+from ..training.embedded.vocabulary import FREE_WORDS
+from ..training.randomness import generator
+
+
+class ReferenceNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StylewrightReference",
+            display_name="Reference Picture (embedded model)",
+            category="stylewright/data",
+            description=(
+                "Draws pictures in a style that the embedded model was never shown, with the captions and the style "
+                "phrase to learn them by."
+            ),
+            search_aliases=["example picture", "style reference", "demo image", "stylewright"],
+            inputs=[
+                io.Combo.Input(
+                    "style",
+                    options=list(HELD_OUT_STYLES),
+                    default="glacier",
+                    tooltip="A style outside the model's training: a new combination, a new palette or a new ground.",
+                ),
+                io.Combo.Input(
+                    "subject",
+                    options=list(SUBJECTS),
+                    default="star",
+                    tooltip="What the first picture shows; further pictures show the subjects after it in this list.",
+                ),
+                io.Int.Input(
+                    "count", default=1, min=1, max=len(SUBJECTS), tooltip="How many pictures. One is enough for a style."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="Places, turns and scales the subjects. The same seed draws the same pictures.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("images", tooltip="The pictures, 128x128."),
+                io.String.Output("captions", tooltip="What each picture shows, one line a picture, without the style."),
+                io.String.Output("style_phrase", tooltip="A free word of the model's vocabulary, to name the style by."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, style: str, subject: str, count: int, seed: int) -> io.NodeOutput:
+        first = SUBJECTS.index(subject)
+        subjects = [(first + i) % len(SUBJECTS) for i in range(count)]
+        scenes = scene_of(torch.tensor(subjects), HELD_OUT_STYLES[style], generator(seed, "reference", style))
+        captions = "\n".join(SUBJECTS[i] for i in subjects)
+        return io.NodeOutput(render(scenes).movedim(1, -1).contiguous(), captions, FREE_WORDS[0])

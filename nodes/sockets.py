@@ -1,0 +1,31 @@
+"""What travels over our own links."""
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..training.data.items import Item
+from ..training.densities import DensityConfig
+
+DATASET = io.Custom("STYLE_DATASET")
+DENSITY = io.Custom("STYLE_DENSITY")
+# ComfyUI's own types, so that its LoraModelLoader, SaveLoRA and LossGraphNode work with ours.
+LORA = io.Custom("LORA_MODEL")
+LOSSES = io.Custom("LOSS_MAP")
+
+
+@dataclass(frozen=True)
+class StyleDataset:
+    """STYLE_DATASET: pictures with checked captions, not yet encoded, for no model encodes like another."""
+
+    items: tuple[Item, ...]
+    style_phrase: str
+    caption_mode: str
+    resolution: int  # pixels: pictures are trained at about resolution² of them
+
+
+@dataclass(frozen=True)
+class StyleDensity:
+    """STYLE_DENSITY: a law of the noise level, not yet fitted to a model or a picture size."""
+
+    config: DensityConfig

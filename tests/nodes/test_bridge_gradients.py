@@ -1,0 +1,78 @@
+"""Gradients through ComfyUI's own modules, loaded as nodes load them: against differences of the loss itself."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+FAMILIES = ("sd15", "sdxl", "flux", "sd3", "pixart")
+SIZES = {family: (8, 12) for family in FAMILIES} | {"pixart": (36, 40)}
+
+
+def loss_of(denoiser, x_t, levels, rows, wanted):
+    return (denoiser(x_t, levels, rows) - wanted).square().mean()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_equal_differences_of_the_loss(family, checkpoint, tiny, tiny_clip, latent_channels):
+    """In-place additions under checkpointing give gradients that are wrong by 26 % and more, without an error."""
+    from stylewright.nodes.bridge.denoiser import ComfyDenoiser
+    from stylewright.nodes.bridge.prompts import PromptTable
+    from stylewright.nodes.bridge.session import training_session
+    from stylewright.training.adapters.attach import attached
+    from stylewright.training.adapters.methods import AdapterConfig
+    from stylewright.training.gradients import differentiable
+
+    with torch.inference_mode():  # as a loader node does
+        model, clip = tiny(family), tiny_clip(family)
+    draw = torch.Generator().manual_seed(5)
+    x_t = torch.randn(2, latent_channels[family], *SIZES[family], generator=draw)
+    wanted = torch.randn(x_t.shape, generator=draw)
+    levels = torch.tensor([-4.0, -1.0])
+    with torch.inference_mode(), training_session(model):
+        prompts = PromptTable(clip)
+        denoiser = ComfyDenoiser(model, prompts)
+        rows = prompts.encode(["a star", "a house by a lake"])
+        config = AdapterConfig(rank=4, targets="style")
+        with attached(denoiser.module, config, family=denoiser.family, seed=0) as adapter:
+            parameters = adapter.parameters()
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+            with differentiable(denoiser.module, checkpoint=checkpoint):
+                loss_of(denoiser, x_t, levels, rows, wanted).backward()
+            with torch.no_grad():
+                directions = [torch.randn(p.shape, generator=draw) for p in parameters]
+                along = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+                step, ends = 1e-2, []
+                for sign in (1, -2):
+                    for parameter, direction in zip(parameters, directions, strict=True):
+                        parameter += sign * step * direction
+                    ends.append(loss_of(denoiser, x_t, levels, rows, wanted))
+    difference = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close(along, difference, rtol=1e-2, atol=1e-5)
+
+
+def test_only_the_adapter_gets_gradients(tiny, tiny_clip):
+    from stylewright.nodes.bridge.denoiser import ComfyDenoiser
+    from stylewright.nodes.bridge.prompts import PromptTable
+    from stylewright.nodes.bridge.session import training_session
+    from stylewright.training.adapters.attach import attached
+    from stylewright.training.adapters.methods import AdapterConfig
+    from stylewright.training.gradients import differentiable
+
+    with torch.inference_mode():
+        model, clip = tiny("flux"), tiny_clip("flux")
+        assert all(parameter.is_inference() for parameter in model.model.parameters())
+    with torch.inference_mode(), training_session(model):
+        prompts = PromptTable(clip)
+        denoiser = ComfyDenoiser(model, prompts)
+        with attached(denoiser.module, AdapterConfig(rank=2), family="flux", seed=0) as adapter:
+            with differentiable(denoiser.module):
+                rows = prompts.encode(["a", "b"])
+                denoiser(torch.randn(2, 16, 8, 12), torch.tensor([-4.0, 0.0]), rows).square().mean().backward()
+            ours = {id(parameter) for parameter in adapter.parameters()}
+            for parameter in model.model.parameters():
+                assert (parameter.grad is not None) == (id(parameter) in ours)
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())

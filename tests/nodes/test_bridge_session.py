@@ -1,0 +1,92 @@
+"""What a training session changes in ComfyUI, and that it puts it back."""
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.comfy
+
+
+def test_inference_tensors_are_exchanged_without_a_copy():
+    from stylewright.nodes.bridge.differentiable import exchange_inference_tensors
+
+    with torch.inference_mode():
+        module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        module[0].cached = torch.ones(2, 5)[:, 1:4]
+        module[0].weight._model_dtype = torch.float16
+    before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+    values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert exchange_inference_tensors(module) == 2 + 5 + 1
+    after = module.state_dict()
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == before
+    assert all(torch.equal(after[name], values[name]) for name in values)
+    assert not any(tensor.is_inference() for tensor in (*after.values(), module[0].cached))
+    assert module[0].cached.stride() == (5, 1)
+    assert module[0].weight._model_dtype is torch.float16
+    assert not module[0].weight.requires_grad
+    assert exchange_inference_tensors(module) == 0
+    x = torch.randn(2, 3, requires_grad=True)
+    module.eval()(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_subclass_that_hides_its_memory_is_copied():
+    from stylewright.nodes.bridge.differentiable import ordinary
+
+    class Quantised(torch.Tensor):
+        pass
+
+    with torch.inference_mode():
+        tensor = torch.randn(2, 3).as_subclass(Quantised)
+    alias = ordinary(tensor)
+    assert type(alias) is Quantised and not alias.is_inference()
+    assert torch.equal(alias.as_subclass(torch.Tensor), tensor.as_subclass(torch.Tensor).clone())
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_everything_is_put_back(fail, tiny):
+    import comfy.model_management as management
+    from stylewright.nodes.bridge.session import training_session
+
+    model = tiny("flux")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with torch.inference_mode():
+        try:
+            with training_session(model):
+                assert management.in_training
+                assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+                assert model.model.current_patcher is model
+                torch.rand(100)
+                if fail:
+                    raise management.InterruptProcessingException
+        except management.InterruptProcessingException:
+            assert fail
+        assert torch.is_inference_mode_enabled()
+    assert not management.in_training
+    assert model.model.current_patcher is None
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_patches_of_nodes_before_are_part_of_the_model(tiny, tiny_clip):
+    """A LoRA under the one in training changes what it is trained on, and is gone from the weights afterwards."""
+    from stylewright.nodes.bridge.denoiser import ComfyDenoiser
+    from stylewright.nodes.bridge.prompts import PromptTable
+    from stylewright.nodes.bridge.session import training_session
+
+    base, clip = tiny("flux"), tiny_clip("flux")
+    patched = base.clone()
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    weight = base.model.state_dict()[key]
+    patched.add_patches({key: ("diff", (torch.randn_like(weight) * 0.2,))})
+    x_t, levels = torch.randn(1, 16, 8, 12), torch.tensor([-2.0])
+
+    def predict(model):
+        with torch.inference_mode(), training_session(model), torch.no_grad():
+            prompts = PromptTable(clip)
+            return ComfyDenoiser(model, prompts)(x_t, levels, prompts.encode(["a star"]))
+
+    plain, under_patch, again = predict(base), predict(patched), predict(base)
+    assert not torch.allclose(plain, under_patch)
+    assert torch.equal(plain, again)

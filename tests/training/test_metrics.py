@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from stylewright.training import metrics
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(n, d, seed=1):
+    return torch.randn(n, d, generator=generator(seed))
+
+
+def test_equal_sets_have_no_distance_whatever_their_order():
+    a = points(500, 7)
+    assert metrics.sliced_wasserstein(a, a.flip(0), generator()) == 0
+
+
+def test_a_shift_shows_with_its_length():
+    """The projections of a shift s have mean square |s|^2 / d."""
+    a, shift = points(400, 3), torch.tensor([3.0, -4.0, 12.0])
+    distance = metrics.sliced_wasserstein(a, a + shift, generator(), projections=4000)
+    assert distance == pytest.approx(13 / math.sqrt(3), rel=0.03)
+    assert metrics.sliced_wasserstein(a + shift, a, generator(), projections=4000) == pytest.approx(distance)
+
+
+def test_gaussians_are_apart_by_their_closed_form():
+    """W2(N(m, s^2), N(m', s'^2))^2 = (m - m')^2 + (s - s')^2 along each direction; sets of different size."""
+    a, b = 2 * points(30_000, 1, seed=1) + 1, 0.5 * points(20_000, 1, seed=2) - 1
+    assert metrics.sliced_wasserstein(a, b, generator()) == pytest.approx(math.hypot(2, 1.5), rel=0.02)
+
+
+def test_a_set_repeated_is_the_same_law():
+    a = points(101, 4)
+    assert metrics.sliced_wasserstein(a, a.repeat(3, 1), generator()) == 0
+
+
+def test_the_directions_are_the_generators():
+    a, b = points(50, 5, seed=1), points(60, 5, seed=2)
+    first, again, other = (metrics.sliced_wasserstein(a, b, generator(seed), projections=4) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_points_must_agree():
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 4\)"):
+        metrics.sliced_wasserstein(points(5, 3), points(5, 4), generator())
+
+
+def test_pixels_are_the_palette():
+    images = torch.rand(2, 3, 4, 5, generator=generator())
+    palette = metrics.pixels(images)
+    assert palette.shape == (40, 3) and torch.equal(palette[20 + 2 * 5 + 1], images[1, :, 2, 1])
+
+
+def test_patches_are_squares():
+    images = torch.rand(2, 3, 6, 7, generator=generator())
+    squares = metrics.patches(images, 2, stride=2)
+    assert squares.shape == (2 * 3 * 3, 12)
+    assert torch.equal(squares[9 + 1 * 3 + 2], images[1, :, 2:4, 4:6].flatten())
+    assert metrics.patches(images, 3).shape == (2 * 4 * 5, 27)
+    with pytest.raises(ValueError, match="7 pixels from images of 6x7"):
+        metrics.patches(images, 7)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 5, 10, 11, 15, 30, 200])
+def test_students_quantile(degrees):
+    assert metrics.student_975(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=2e-4)
+
+
+def test_interval_is_scipys_and_covers_as_promised():
+    values = torch.tensor([0.3, 0.5, 0.9, 0.4, 0.8])
+    interval = metrics.mean_interval(values)
+    exact = stats.t.interval(0.95, 4, values.mean().item(), stats.sem(values.numpy()))
+    assert (interval.low, interval.high) == pytest.approx(exact, abs=1e-4)
+    assert interval.mean == pytest.approx(0.58) and interval.n == 5
+    trials = torch.randn(2000, 6, generator=generator()) + 3
+    covered = sum(i.low < 3 < i.high for i in map(metrics.mean_interval, trials))
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_intervals_of_few_values():
+    single = metrics.mean_interval([0.5])
+    assert (single.mean, single.low, single.high) == (0.5, -math.inf, math.inf)
+    assert metrics.mean_interval([0.5, 0.5]).low == 0.5
+    with pytest.raises(ValueError, match="no values"):
+        metrics.mean_interval([])

@@ -1,0 +1,202 @@
+"""An adapter on a frozen module tree, for the time of a ``with`` block."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..randomness import generator
+from .methods import AdapterConfig, check_layers, peft_config
+from .targets import resolve_targets, target_patterns
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+# Zero at the start, so that the adapter does nothing: parts of peft's parameter names. The rest is drawn.
+# DoRA's magnitudes are measured afterwards.
+ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
+
+
+class Adapter:
+    """A handle on what :func:`attached` put into a model. Only these parameters require a gradient."""
+
+    def __init__(
+        self, config: AdapterConfig, layers: dict[str, "BaseTunerLayer"], tensors: dict[str, nn.Parameter]
+    ) -> None:
+        self.config = config
+        self.names = list(layers)  # of the adapted layers, in the model's order
+        self._layers = list(layers.values())
+        self._tensors = tensors
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._tensors.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the adapter's tensors under peft's names, ``<layer>.lora_A.weight``."""
+        return {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state_dict` gave. ValueError, and nothing changed, if a name or a shape differs."""
+        if differing := sorted(self._tensors.keys() ^ state.keys()):
+            raise ValueError(f"these adapter tensors are missing or not known here: {', '.join(differing)}")
+        for name, tensor in self._tensors.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"the adapter tensor {name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+                )
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state[name])
+
+    @contextmanager
+    def enabled(self, active: bool) -> Iterator[None]:
+        """``with adapter.enabled(False)`` the model answers as its base does."""
+        before = [not layer.disable_adapters for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer.enable_adapters(active)
+            yield
+        finally:
+            for layer, was in zip(self._layers, before, strict=True):
+                layer.enable_adapters(was)
+
+    @contextmanager
+    def dropout(self, source: torch.Generator) -> Iterator[None]:
+        """Inside, dropout is on and drawn from ``source``; everywhere else it is off. Nothing happens at share 0.
+
+        torch's dropout draws from the global generators, so they are seeded inside and put back after. A backward
+        pass that recomputes belongs inside, too.
+        """
+        if not self.config.dropout:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(_global_draws(self.parameters(), source))
+            for layer in self._layers:
+                stack.callback(layer.train, layer.training)
+                layer.train()
+                layer.get_base_layer().eval()
+            yield
+
+
+@contextmanager
+def attached(
+    module: nn.Module, config: AdapterConfig, *, family: str, seed: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Adapter]:
+    """Puts an adapter on ``module``, and takes it off without a trace.
+
+    Inside, the module gives the same output as before, bit for bit, until the adapter's parameters change. They are
+    of type ``dtype`` whatever the model's, drawn from ``seed`` and each layer's name alone. ``family`` picks the
+    target presets. ValueError, before anything is touched, for targets that match nothing, a rank larger than a
+    layer, or a model that carries a peft adapter already.
+    """
+    _refuse_adapted(module)
+    names = resolve_targets(module, target_patterns(family, config.targets))
+    check_layers(config, {name: module.get_submodule(name) for name in names})
+    with _restored(module, names):
+        layers = _inject(module, config, names)
+        tensors = _tensors(module, layers)
+        for name, tensor in tensors.items():
+            _initialise(name, tensor, config, generator(seed, "adapter", name), dtype)
+        for layer in layers.values():
+            _measure_magnitudes(layer)
+        yield Adapter(config, layers, tensors)
+
+
+def _refuse_adapted(module: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, part in module.named_modules():
+        if isinstance(part, BaseTunerLayer):
+            raise ValueError(
+                f"the model carries an adapter already, for example on the layer {name}: "
+                "remove it, or merge it into the weights, before training"
+            )
+
+
+@contextmanager
+def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """Puts back the layers of these names, and every flag that peft sets on a model."""
+    layers = {name: module.get_submodule(name) for name in names}
+    gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    modes = [(part, part.training) for part in module.modules()]
+    adapters = vars(module).pop("peft_config", None)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer)
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+        for part, mode in modes:
+            part.training = mode
+        vars(module).pop("peft_config", None)
+        if adapters is not None:
+            module.peft_config = adapters
+
+
+def _inject(module: nn.Module, config: AdapterConfig, names: list[str]) -> dict[str, "BaseTunerLayer"]:
+    """Lets peft wrap the layers. What it draws for them is thrown away, and the global generators put back."""
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(_cuda_devices(module.parameters())):
+        inject_adapter_in_model(peft_config(config, names), module)
+    layers = {name: module.get_submodule(name) for name in names}
+    for layer in layers.values():
+        layer.eval()
+    return layers
+
+
+def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"]) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under the names that peft gives them in files."""
+    from peft import get_peft_model_state_dict
+
+    inside = {
+        f"{name}.{inner}": parameter
+        for name, layer in layers.items()
+        for inner, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+    return get_peft_model_state_dict(module, state_dict=inside, save_embedding_layers=False)
+
+
+@torch.no_grad()
+def _initialise(
+    name: str, tensor: nn.Parameter, config: AdapterConfig, source: torch.Generator, dtype: torch.dtype
+) -> None:
+    """peft's initial laws, drawn in float32 on the CPU whatever the model's type and device."""
+    drawn = torch.zeros(tensor.shape)
+    parts = set(name.split("."))
+    if config.init == "gaussian" and "lora_A" in parts:
+        drawn.normal_(std=1 / config.rank, generator=source)
+    elif not parts & ZERO_AT_START:
+        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=source)
+    tensor.data = drawn.to(tensor.device, dtype)
+
+
+@torch.no_grad()
+def _measure_magnitudes(layer: "BaseTunerLayer") -> None:
+    """DoRA's magnitudes in the adapter's type. peft takes them in the weights', where their ratio is not quite 1."""
+    for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+        weight = layer.get_base_layer().weight.to(magnitude.weight.dtype)
+        norms = magnitude.get_weight_norm(weight=weight, lora_weight=torch.zeros_like(weight), scaling=1.0)
+        magnitude.weight.copy_(norms)
+
+
+@contextmanager
+def _global_draws(near: Iterable[Tensor], source: torch.Generator) -> Iterator[None]:
+    """Inside, torch's global generators of the CPU and of these tensors' devices continue from ``source``."""
+    devices = _cuda_devices(near)
+    seed = int(torch.randint(2**62, (), generator=source))
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
+    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)

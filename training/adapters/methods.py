@@ -1,0 +1,134 @@
+"""The adapter methods: what a user says of one, and the peft configuration it means."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained.
+
+    ``rank``: inner dimension; for OFT the side of a rotated block, which divides a layer's inputs.
+    ``alpha``: the adapter's output is scaled by alpha/rank (alpha/sqrt(rank) for rslora). None = rank. OFT has none.
+    ``targets``: a preset of :mod:`.targets`, or patterns.
+    ``dropout``: of the adapter's input (the LoRA family) or of its layers and blocks (the others), in [0, 1).
+    ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family.
+    """
+
+    method: str = "lora"
+    rank: int = 32
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = "style"
+    dropout: float = 0.0
+    init: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown adapter method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}: expected at least 1")
+        if self.method == "oft" and self.alpha is not None:
+            raise ValueError("alpha has no effect on oft, which rotates and does not scale: leave it out")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha is {self.alpha}: expected more than 0, or None for the rank")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: expected a share in [0, 1)")
+        if self.init not in INITS:
+            raise ValueError(f"unknown init {self.init!r}: expected one of {', '.join(INITS)}")
+
+    @property
+    def scale_alpha(self) -> float:
+        """Alpha with its default filled in."""
+        return self.rank if self.alpha is None else self.alpha
+
+
+INITS = ("gaussian", "uniform")
+
+
+def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
+    """ValueError naming the first layer that is too small for the rank, or that the method cannot take."""
+    for name, layer in layers.items():
+        outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
+        if config.rank > min(outputs, inputs):
+            raise ValueError(
+                f"rank {config.rank} is larger than the smaller side of the layer {name}, "
+                f"which has {inputs} inputs and {outputs} outputs: choose at most {min(outputs, inputs)}"
+            )
+        if config.method == "oft" and inputs % config.rank:
+            raise ValueError(
+                f"oft rotates blocks of {config.rank} inputs, and the layer {name} has {inputs}: "
+                "choose a rank that divides it"
+            )
+        if config.method == "dora" and layer.weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"dora needs the norms of the weights, and those of the layer {name} are {layer.weight.dtype}: "
+                "load the model in bfloat16, or choose lora"
+            )
+
+
+def peft_config(config: AdapterConfig, names: list[str]) -> "PeftConfig":
+    """The peft configuration that puts an adapter on exactly these layers."""
+    # A string is matched whole; peft matches the entries of a list against the ends of names.
+    targets = "|".join(map(re.escape, names))
+    return METHODS[config.method](config, targets)
+
+
+def _lora(config: AdapterConfig, targets: str, use_rslora: bool = False, use_dora: bool = False) -> "PeftConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.scale_alpha,
+        target_modules=targets,
+        lora_dropout=config.dropout,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+
+
+def _rslora(config: AdapterConfig, targets: str) -> "PeftConfig":
+    return _lora(config, targets, use_rslora=True)
+
+
+def _dora(config: AdapterConfig, targets: str) -> "PeftConfig":
+    return _lora(config, targets, use_dora=True)
+
+
+def _lokr(config: AdapterConfig, targets: str) -> "PeftConfig":
+    from peft import LoKrConfig
+
+    return LoKrConfig(
+        r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout
+    )
+
+
+def _loha(config: AdapterConfig, targets: str) -> "PeftConfig":
+    from peft import LoHaConfig
+
+    return LoHaConfig(
+        r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout
+    )
+
+
+def _oft(config: AdapterConfig, targets: str) -> "PeftConfig":
+    from peft import OFTConfig
+
+    return OFTConfig(r=0, oft_block_size=config.rank, target_modules=targets, module_dropout=config.dropout)
+
+
+METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {
+    "lora": _lora,
+    "rslora": _rslora,  # arXiv 2312.03732
+    "dora": _dora,  # arXiv 2402.09353
+    "lokr": _lokr,
+    "loha": _loha,  # arXiv 2108.06098
+    "oft": _oft,  # arXiv 2306.07280
+}

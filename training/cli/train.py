@@ -1,0 +1,174 @@
+"""``stylewright train`` and ``stylewright resume``."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..loops.config import TrainConfig
+from .flags import flags_of, merge, with_flags
+from .job import HELP as JOB_HELP
+from .job import Job, folder_of, keep, read_toml, recall, split
+from .output import Json, show
+from .progress import Update, patient_interrupt, progress_bar
+
+if TYPE_CHECKING:
+    from ..hosts.host import Host
+    from ..loops.events import Event
+    from ..loops.train import TrainResult
+
+HELP = {
+    "steps": "Optimizer steps.",
+    "batch_size": "Pictures at once.",
+    "accumulation": "Batches to an optimizer step.",
+    "learning_rate": "For Prodigy 1.",
+    "optimizer": "adam, adamw, adamw-8bit, prodigy, schedule-free.",
+    "weight_decay": "Of the adapter's weights.",
+    "scheduler": "Of the learning rate: constant, linear, cosine.",
+    "warm_up": "Steps in which the learning rate grows.",
+    "clip_norm": "Largest norm of the gradient; 0 = no limit.",
+    "ema_decay": "Save a moving average of the adapter, for example 0.99; 0 = none.",
+    "loss": "mse, huber, …",
+    "weighting": "Of the loss by noise level: none, min-snr-5, …",
+    "offset_noise": "Standard deviation of a noise that is constant over the picture.",
+    "precision": "float32 or bfloat16; the adapter's weights are float32 in both.",
+    "gradient_checkpointing": "Less memory, about a third more time.",
+    "seed": "The same seed gives the same adapter.",
+    "style_phrase": 'The words that name the style: captions become "{content} in {style phrase} style".',
+    "resolution": "Pixels: pictures are trained at about this squared. [default: the model's own]",
+    "caption_dropout": "Share of samples trained without their caption.",
+    "save_every": "Steps between checkpoints; 0 = at the end only.",
+    "report_every": "Steps between reports, at most.",
+    "sample_every": "Steps between sample pictures; 0 = none.",
+    "sample_prompts": "What the sample pictures show; may be repeated.",
+    "adapter.method": "lora, rslora, dora, lokr, loha, oft.",
+    "adapter.rank": "Inner dimension of the adapter.",
+    "adapter.alpha": "The adapter is scaled by alpha / rank. [default: the rank]",
+    "adapter.targets": "A preset of layers, for example style.",
+    "adapter.dropout": "Share, while training.",
+    "adapter.init": "gaussian or uniform.",
+    "density.preset": "The law of the noise level; `stylewright density` shows what it draws.",
+    "density.mu": "Mean of log_snr, instead of the preset's.",
+    "density.sigma": "Standard deviation of log_snr, instead of the preset's.",
+    "density.shift": "A further timestep shift; 1 = none.",
+    "density.reference_tokens": "Image tokens that the law is stated for; it is carried to those of the run.",
+}
+
+FLAGS = (*flags_of(Job, JOB_HELP, "Model and pictures"), *flags_of(TrainConfig, HELP, "Training"))
+
+
+@with_flags(*FLAGS)
+def train(
+    given: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with the names of the flags, which override it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Learn the style of some pictures. Prints where the adapter is."""
+    job, options = split(merge(read_toml(config) if config else {}, given))
+    run(job, options, folder_of(job), as_json)
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    steps: Annotated[int | None, typer.Option(help="Train until this step instead.")] = None,
+    device: Annotated[str | None, typer.Option(help="Another device than before.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a run exactly where it stopped, or train it for longer."""
+    from ..loops.checkpoint import read_config
+
+    job, options = recall(folder), read_config(folder)
+    options = options if steps is None else dataclasses.replace(options, steps=steps)
+    job = job if device is None else dataclasses.replace(job, device=device)
+    run(job, options, folder, as_json)
+
+
+def run(job: Job, options: TrainConfig, folder: Path, as_json: bool) -> None:
+    """Trains in ``folder`` and says where the results are. Ctrl-C saves first and leaves with code 130."""
+    try:
+        with progress_bar() as update:
+            result = _train(job, options, folder, update)
+    except KeyboardInterrupt:
+        saved = (folder / "checkpoint.safetensors").exists()
+        advice = (
+            f"everything is saved, continue with: stylewright resume {folder}" if saved else "nothing was trained yet"
+        )
+        typer.echo(f"stylewright: interrupted; {advice}", err=True)
+        raise typer.Exit(130) from None
+    last = result.history[-1] if result.history else None
+    figures = {"steps": result.steps_done, "loss": last and last.loss, "seconds": last and last.seconds}
+    lines = [
+        f"adapter      {result.path}",
+        f"run          {folder}  (options, events, checkpoint, samples)",
+        f"draw with it stylewright generate --model {job.model} --adapter {result.path} --prompt …",
+    ]
+    show({"adapter": result.path, "run": folder, **figures}, lines, as_json)
+
+
+def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "TrainResult":
+    import torch
+
+    from ..data.encoding import encode
+    from ..data.items import read_folder
+    from ..hosts.loading import load_host
+    from ..loops.train import train as train_adapter
+
+    items = read_folder(job.images, alpha_masks=job.alpha_masks)
+    dtype = getattr(torch, options.precision)
+    host = load_host(job.model, device_of(job.device), dtype, components=job.components)
+    dataset = encode(
+        items,
+        host,
+        resolution=options.resolution or host.resolution,
+        style_phrase=options.style_phrase,
+        caption_mode=job.caption_mode,
+        caption_dropout=options.caption_dropout,
+        cache_dir=folder / "cache",
+        progress=lambda done, total: update("reading", done, total),
+    )
+    keep(job, folder)
+    with patient_interrupt() as check:
+
+        def report(event: "Event") -> None:
+            update("training", event.step, event.steps, f"loss {event.loss:.4f}")
+            check()
+
+        return train_adapter(
+            host.denoiser,
+            dataset,
+            options,
+            run_dir=folder,
+            report=report,
+            sample=sampler(host, options),
+            device=host.device,
+            latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,
+            conditioning=host.training_conditioning,
+        )
+
+
+def sampler(host: "Host", options: TrainConfig) -> Any:
+    """What draws the sample pictures of a run, from the same noise each time. None where none are wanted."""
+    if not (options.sample_every and options.sample_prompts):
+        return None
+    from ..data.captions import styled
+    from ..hosts.generate import generate
+
+    phrase = options.style_phrase
+    prompts = [styled(prompt, phrase) if phrase else prompt for prompt in options.sample_prompts]
+    return lambda step: generate(host, prompts, seed=options.seed)
+
+
+def device_of(name: str) -> str:
+    """A torch device; "auto" is CUDA where there is one. ValueError for a device that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,82 @@
+"""Autoencoders and text encoders: loaded when first needed, on the device only while they work.
+
+A FLUX transformer and its T5 together would fill most cards, and after the pictures and captions have been encoded
+training needs neither of the encoders.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser import Conditioning
+from .parts import Parts
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class Autoencoder:
+    """A diffusers AutoencoderKL in float32: SDXL's overflows in float16, and bfloat16 costs detail."""
+
+    def __init__(self, parts: Parts) -> None:
+        config = parts.config("vae")
+        self.channels: int = config["latent_channels"]
+        self.pixels_per_latent: int = 2 ** (len(config["block_out_channels"]) - 1)
+        self.scale: float = config["scaling_factor"]
+        self.shift: float = config.get("shift_factor") or 0.0
+        self.device = parts.device
+        self._load = functools.cache(lambda: parts.load("vae", torch.float32))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (b, c, h', w'): the mean of the posterior, so that one picture always has the same latent."""
+        with self._awake() as vae:
+            means = [vae.encode(one).latent_dist.mode() for one in (2 * images.to(self.device).float() - 1).split(1)]
+        return (torch.cat(means) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [0, 1]."""
+        with self._awake() as vae:
+            z = latents.to(self.device).float() / self.scale + self.shift
+            images = torch.cat([vae.decode(one, return_dict=False)[0] for one in z.split(1)])
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def _awake(self) -> "Iterator[AutoencoderKL]":
+        vae = self._load()
+        with awake([vae], self.device):
+            yield vae
+
+
+def prompt_encoder(
+    parts: Parts, denoiser: nn.Module, encode: Callable[[Any, list[str], str], Conditioning]
+) -> Callable[[list[str]], Conditioning]:
+    """A host's ``encode_prompts``; ``encode`` asks one kind of diffusers pipeline."""
+    load = functools.cache(lambda: parts.load_text_pipeline(denoiser))
+
+    @torch.no_grad()
+    def encode_prompts(prompts: list[str]) -> Conditioning:
+        pipeline = load()
+        encoders = [part for name, part in pipeline.components.items() if part and name.startswith("text_encoder")]
+        with awake(encoders, parts.device):
+            return encode(pipeline, prompts, parts.device)
+
+    return encode_prompts
+
+
+@contextmanager
+def awake(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
+    """Modules on the device, and afterwards in main memory again."""
+    modules = list(modules)
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")

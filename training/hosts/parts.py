@@ -1,0 +1,177 @@
+"""The parts of a model on disk: a folder in diffusers' layout, and maybe a single file whose weights come first.
+
+Nothing is downloaded. Every call says so *and* names a folder: without a folder of configurations, diffusers'
+``from_single_file`` goes to the hub even when it is told ``local_files_only``. Nothing is unpickled: only
+safetensors are read.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+LIBRARIES = ("diffusers", "transformers")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that training has no use for
+DENOISER_PREFIX = "model.diffusion_model."  # in checkpoints that hold more than the denoiser
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+TEXT_PREFIXES = {  # where single files keep text encoders, if they hold any
+    "flux": {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."},
+    "sd3": {
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.clip_g.",
+        "text_encoder_3": "text_encoders.t5xxl.",
+    },
+    "sdxl": {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+    "sd15": {"text_encoder": "cond_stage_model."},
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of one model are, and how they are to be loaded."""
+
+    family: str
+    folder: Path  # model_index.json and one folder for each part
+    checkpoint: Path | None  # a single file with the denoiser, and maybe the autoencoder and text encoders
+    device: str
+    dtype: torch.dtype  # of the denoiser and the text encoders; the autoencoder runs in float32
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint or self.folder)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return read_json(self.folder / "model_index.json")
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A part's own configuration."""
+        return read_json(self.folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+
+    def keys(self) -> list[str]:
+        """The keys of the single file, if there is one."""
+        return checkpoint_keys(self.checkpoint) if self.checkpoint else []
+
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A model of diffusers, frozen, in evaluation mode and main memory."""
+        library, class_name = self.index[part]
+        model_class = getattr(importlib.import_module(library), class_name)
+        with reading(f"{part} ({class_name}) of {self.name}"):
+            if self.holds(part):
+                model = model_class.from_single_file(
+                    self.state(part),
+                    config=str(self.folder),
+                    subfolder=part,
+                    local_files_only=True,
+                    **dtype_option(dtype),
+                )
+            else:
+                model = model_class.from_pretrained(self.folder, subfolder=part, **self._local(dtype))
+        return model.requires_grad_(False).eval()
+
+    def load_text_pipeline(self, denoiser: nn.Module) -> Any:
+        """The diffusers pipeline with tokenizers and text encoders only; it knows how this model reads prompts."""
+        pipeline_class = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
+        denoiser_part = "unet" if "unet" in self.index else "transformer"
+        given = {denoiser_part: denoiser, "vae": None} | {part: None for part in UNUSED if part in self.index}
+        if "safety_checker" in given:
+            given["requires_safety_checker"] = False
+        with reading(f"text encoders of {self.name}"):
+            if any(self.holds(part) for part in TEXT_PREFIXES.get(self.family, ())):
+                given |= {"config": str(self.folder), "local_files_only": True} | dtype_option(self.dtype)
+                return pipeline_class.from_single_file(str(self.checkpoint), **given)
+            return pipeline_class.from_pretrained(self.folder, **self._local(self.dtype), **given)
+
+    def holds(self, part: str) -> bool:
+        """Whether the weights of this part are in the single file."""
+        if part in ("unet", "transformer"):
+            return self.checkpoint is not None
+        prefixes = VAE_PREFIXES if part == "vae" else TEXT_PREFIXES.get(self.family, {}).get(part)
+        return prefixes is not None and any(key.startswith(prefixes) for key in self.keys())
+
+    def state(self, part: str) -> dict[str, Tensor]:
+        """The tensors of the autoencoder or the denoiser in the single file, in its own key names."""
+        if part == "vae":
+            return read_tensors(self.checkpoint, [key for key in self.keys() if key.startswith(VAE_PREFIXES)])
+        inside = [key for key in self.keys() if key.startswith(DENOISER_PREFIX)]
+        state = read_tensors(self.checkpoint, inside or self.keys())
+        # diffusers finds a UNet by its prefix, which files with nothing else in them leave out.
+        return state if inside or part == "transformer" else {DENOISER_PREFIX + key: state[key] for key in state}
+
+    def require_channels(self, found: int, expected: int) -> None:
+        """ValueError for models that read more than a latent: inpainting, control and editing variants."""
+        if found != expected:
+            raise ValueError(
+                f"{self.name} is not a text-to-image model: its input has {found} channels, its latents have {expected}"
+            )
+
+    def missing(self) -> list[str]:
+        """What is not on disk, one description for each part."""
+        parts = {part: value for part, value in self.index.items() if _is_part(part, value)}
+        return [
+            f"{part} ({class_name}) in {self.folder / part}"
+            for part, (_, class_name) in parts.items()
+            if not self._is_complete(part, class_name)
+        ]
+
+    def _is_complete(self, part: str, class_name: str) -> bool:
+        folder = self.folder / part
+        if part == "scheduler":
+            return (folder / "scheduler_config.json").is_file()
+        if part.startswith("tokenizer"):
+            return folder.is_dir() and any(folder.iterdir())
+        return (folder / "config.json").is_file() and (self.holds(part) or any(folder.glob("*.safetensors")))
+
+    def _local(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Options of from_pretrained: no network, no pickle, half-precision files where there are no others."""
+        half = [f for f in self.folder.glob("*/*.fp16.safetensors") if not list(f.parent.glob("*[!6].safetensors"))]
+        local = {"local_files_only": True, "use_safetensors": True, "variant": "fp16" if half else None}
+        return local | dtype_option(dtype)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The option that sets a model's type while it loads, which diffusers 0.40 renamed."""
+    release = tuple(int(number) for number in version("diffusers").split(".")[:2])
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+
+
+def _is_part(name: str, value: Any) -> bool:
+    return isinstance(value, list) and value[0] in LIBRARIES and name not in UNUSED
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """ValueError where the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read {path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def checkpoint_keys(path: Path) -> list[str]:
+    with reading(str(path)), safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def read_tensors(path: Path, keys: list[str]) -> dict[str, Tensor]:
+    with reading(str(path)), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in keys}
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns what libraries raise about a file into one ValueError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot read the {what}: {error}") from error

@@ -1,0 +1,1 @@
+"""Loops: training an adapter, and what a run needs to be reported, stopped and continued."""

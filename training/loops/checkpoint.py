@@ -1,0 +1,187 @@
+"""A run's folder: what it leaves behind, and how it is opened again.
+
+    config.json              the resolved configuration
+    events.jsonl             one line a report
+    checkpoint.safetensors   everything needed to continue exactly
+    adapter.safetensors      the adapter as of that checkpoint
+    samples/                 pictures, by step
+    run.lock                 held by the process that writes here
+
+Everything but the log is written beside its final name and renamed, so that a process killed at any moment leaves
+a checkpoint that can be read. The checkpoint comes first and counts: what else is there is made again from it.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..errors import IncompatibleCheckpoint, TrainingError
+from ..formats.state import load_state, save_state, write_atomically
+from .config import TrainConfig, config_from_table, config_to_table
+from .tables import differences
+
+logger = logging.getLogger(__name__)
+
+# What a continued run may change. ``steps`` may too, where the schedule does not depend on it.
+FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts"}
+SPARE_BYTES = 16 * 2**20
+# Bytes on disk for each byte of adapter: itself, an average and up to three states of an optimiser, in the old
+# checkpoint and in the new one beside it, and the adapter's own file twice.
+DISK_FACTOR = 12
+
+
+class RunDirectory:
+    """The files of one run. Made by :func:`open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.events = path / "events.jsonl"
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.adapter = path / "adapter.safetensors"
+        self.samples = path / "samples"
+
+    def load(self, config: TrainConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The learner's state from the checkpoint, None where there is none yet.
+
+        IncompatibleCheckpoint where the file is unreadable, or belongs to a run with other options or other data.
+        """
+        if not self.checkpoint.exists():
+            return None
+        try:
+            saved = load_state(self.checkpoint)
+            state, old = saved["learner"], {**saved["config"], **saved["identity"]}
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            raise IncompatibleCheckpoint(
+                f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}): choose another "
+                "folder, or delete the file to begin anew."
+            ) from error
+        _check_same(old, {**config_to_table(config), **identity}, self.checkpoint)
+        if state["step"] > config.steps:
+            raise IncompatibleCheckpoint(
+                f"{self.checkpoint} has {state['step']} steps already, more than steps={config.steps}: ask for more "
+                "steps, or choose another folder."
+            )
+        return state
+
+    def save(self, state: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any]) -> None:
+        """Writes the checkpoint. TrainingError where the disk does not take it; the one before is then intact."""
+        content = {"config": config_to_table(config), "identity": dict(identity), "learner": state}
+        with _disk_errors(self.checkpoint):
+            save_state(self.checkpoint, content)
+
+    def save_config(self, config: TrainConfig) -> None:
+        text = json.dumps(config_to_table(config), indent=2, ensure_ascii=False) + "\n"
+        with _disk_errors(self.config):
+            write_atomically(self.config, lambda temporary: _write_text(temporary, text))
+
+    def save_adapter(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], style: str) -> None:
+        """Writes the adapter's file with the key names of ``style``."""
+        from ..formats.adapters import save_adapter
+
+        with _disk_errors(self.adapter):
+            save_adapter(self.adapter, state, metadata, style)
+
+    def save_images(self, step: int, images: Tensor) -> None:
+        """Writes pictures (b, 3, h, w) in [0, 1] as PNG."""
+        from PIL import Image
+
+        with _disk_errors(self.samples):
+            for index, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+                pixels = (image * 255).round().byte().movedim(0, -1).contiguous().numpy()
+                path = self.samples / f"step-{step:06d}-{index}.png"
+                write_atomically(path, lambda temporary, p=pixels: Image.fromarray(p).save(temporary, format="png"))
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[RunDirectory]:
+    """The folder of a run, made if it is not there, and locked.
+
+    ValueError where it cannot be written to; TrainingError while another process writes there.
+    """
+    run = RunDirectory(path)
+    _probe(path)
+    lock = FileLock(path / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrainingError(f"Another process is training in {path}: wait for it, or choose another folder.") from error
+    try:
+        for left_by_a_kill in path.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+        yield run
+    finally:
+        lock.release()
+
+
+def require_space(path: Path, adapter_bytes: int) -> None:
+    """ValueError if the disk under ``path`` is too full for the checkpoints of an adapter of this size."""
+    needed, free = DISK_FACTOR * adapter_bytes + SPARE_BYTES, shutil.disk_usage(path).free
+    if free < needed:
+        raise ValueError(
+            f"{path} has {free / 2**20:.0f} MiB free and the checkpoints of this run need up to "
+            f"{needed / 2**20:.0f} MiB: make room, choose another folder, or lower adapter.rank."
+        )
+
+
+def identity_of(denoiser: Denoiser, dataset: Any) -> dict[str, Any]:
+    """What else than the configuration makes a run: the kind of model, and the captions and sizes of the data."""
+    examples = [(example.caption, tuple(example.latent.shape)) for example in dataset.examples]
+    digest = hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest()
+    return {
+        "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
+        "data": {"examples": len(examples), "captions_and_sizes": digest},
+    }
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of the run in the folder ``path``. ValueError where there is none."""
+    file = RunDirectory(path).config
+    try:
+        return config_from_table(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not the folder of a training run: {error}") from error
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    free = FREE if new["scheduler"] == "constant" else FREE - {"steps"}
+    differing = {name: pair for name, pair in differences(old, new).items() if name not in free}
+    if differing:
+        listed = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
+        raise IncompatibleCheckpoint(
+            f"{path} belongs to another run: {listed}. Continue it with its own options, or choose another folder."
+        )
+
+
+def _probe(path: Path) -> None:
+    """Makes the folder and a file in it. ValueError where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "probe", lambda temporary: _write_text(temporary, "probe"))
+        (path / "probe").unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write into {path}: {error}. Choose another folder for the run.") from error
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"Cannot write {path}: {error}. The last checkpoint is intact, and the run can be continued from it."
+        ) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

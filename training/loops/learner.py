@@ -1,0 +1,119 @@
+"""The adapter and everything that moves it: what has to survive an interruption."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..adapters.attach import Adapter
+from .config import TrainConfig
+from .optimizers import OPTIMIZERS, WARMS_UP_ITSELF, build_schedule
+
+
+class Average:
+    """Exponential moving average of the parameters; with a decay of 0 it is none.
+
+    Short at first, min(decay, (1 + n) / (10 + n)) after n updates, so that the initial weights are soon forgotten.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = [parameter.detach().clone() for parameter in parameters] if decay else []
+        self._parameters = parameters
+
+    def update(self) -> None:
+        if self.tensors:
+            self.updates += 1
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            get_ema_multi_avg_fn(decay)(self.tensors, [p.detach() for p in self._parameters], self.updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "tensors": self.tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        for tensor, saved in zip(self.tensors, state["tensors"], strict=True):
+            tensor.copy_(saved)
+
+
+class Learner:
+    """One adapter, its optimiser and schedule, the average of its weights, and how far it has come."""
+
+    def __init__(self, adapter: Adapter, config: TrainConfig) -> None:
+        self.adapter = adapter
+        self.parameters: list[nn.Parameter] = list(adapter.parameters())
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            self.parameters, config.learning_rate, config.weight_decay, config.warm_up
+        )
+        warm_up = 0 if config.optimizer in WARMS_UP_ITSELF else config.warm_up
+        self.schedule = build_schedule(config.scheduler, self.optimizer, config.steps, warm_up)
+        self.average = Average(self.parameters, config.ema_decay)
+        self.step = 0  # optimizer steps done
+        self.losses: list[float] = []  # mean loss of each
+        self.whole = True  # False while an update is under way: what is in memory then belongs to no step
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all sessions of the run."""
+        return self._seconds + time.monotonic() - self._since
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around everything that changes the state, so that a torn one is never saved. Counts the step."""
+        self.whole = False
+        yield
+        self.step += 1
+        self.whole = True
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, the adapter has the weights that are its result, and no gradients: averaged ones, where there are.
+
+        The weights in training come back as copies: an optimiser's own way back would lose bits.
+        """
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        switches = hasattr(self.optimizer, "eval")  # schedule-free keeps its result beside the weights it trains
+        try:
+            with torch.no_grad():
+                if switches:
+                    self.optimizer.eval()
+                for parameter, averaged in zip(self.parameters, self.average.tensors, strict=False):
+                    parameter.copy_(averaged)
+                yield
+        finally:
+            with torch.no_grad():
+                if switches:
+                    self.optimizer.train()
+                for parameter, value in zip(self.parameters, before, strict=True):
+                    parameter.copy_(value)
+
+    def result(self) -> dict[str, Tensor]:
+        """The adapter as it is saved and used, on the CPU."""
+        with self.evaluated():
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.adapter.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": torch.tensor(self.losses, dtype=torch.float32),
+            "adapter": dict(self.adapter.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where ``state`` was taken."""
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.average.load_state_dict(state["average"])
+        self.step, self.losses = state["step"], state["losses"].tolist()
+        self._seconds, self._since = state["seconds"], time.monotonic()

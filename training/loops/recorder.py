@@ -1,0 +1,126 @@
+"""What a run tells and keeps: reports, samples, checkpoints, and a last checkpoint when something is raised."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+from .checkpoint import RunDirectory, require_space
+from .config import TrainConfig
+from .events import Event, EventLog, bins_of, peak_memory
+from .learner import Learner
+from .meter import Meter
+from .optimizers import learning_rate_of
+
+logger = logging.getLogger(__name__)
+
+LONGEST_SILENCE = 0.5  # seconds between reports, unless a step takes longer
+
+
+class Recorder:
+    """Keeps a learner's progress in a run's folder; without one, only in memory."""
+
+    def __init__(
+        self,
+        run: RunDirectory | None,
+        learner: Learner,
+        meter: Meter,
+        config: TrainConfig,
+        *,
+        identity: Mapping[str, Any],
+        about: Callable[[int], Mapping[str, str]],  # steps done -> metadata of the adapter's file
+        device: torch.device,
+    ) -> None:
+        """Continues from the folder's checkpoint, or begins with one, so that there is always a state to go back to."""
+        self._run, self._learner, self._meter, self._config = run, learner, meter, config
+        self._identity, self._about, self._device = identity, about, device
+        self._saved: int | None = None  # step of the checkpoint on disk
+        state = run.load(config, identity) if run else None
+        if state:
+            learner.load_state_dict(state)
+            self._saved = learner.step
+            logger.info("continues %s at step %d of %d", run.path if run else "", learner.step, config.steps)
+        self._log = EventLog(run.events if run else None, learner.step)
+        if run:
+            require_space(run.path, sum(p.numel() * p.element_size() for p in learner.parameters))
+            run.save_config(config)
+            self.save()
+        self._last_report = time.monotonic()
+
+    @property
+    def history(self) -> list[Event]:
+        return list(self._log.events)
+
+    def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor] | None) -> None:
+        """After a step: whatever is due of samples, the report, and the checkpoint."""
+        step, config = self._learner.step, self._config
+        sampling = sample is not None and config.sample_every > 0 and step % config.sample_every == 0
+        saving = step == config.steps or (config.save_every > 0 and step % config.save_every == 0)
+        late = time.monotonic() - self._last_report > LONGEST_SILENCE
+        if not (sampling or saving or late or step % config.report_every == 0):
+            return
+        event = self._event(self._draw(sample) if sampling and sample else None)
+        if saving:
+            self.save()
+        if event and report:
+            report(event)
+
+    def _draw(self, sample: Callable[[int], Tensor]) -> Tensor:
+        with self._learner.evaluated():
+            images = sample(self._learner.step)
+        if self._run:
+            self._run.save_images(self._learner.step, images)
+        return images
+
+    def _event(self, images: Tensor | None = None) -> Event | None:
+        """Reads the meter and logs what it says; None if no step was completed since the last time."""
+        learner = self._learner
+        reading = self._meter.read(learner.step)
+        if reading is None:
+            return None
+        learner.losses += reading.by_step
+        event = Event(
+            step=learner.step,
+            steps=self._config.steps,
+            samples=learner.step * self._config.samples_a_step,
+            loss=reading.losses.mean().item(),
+            loss_by_bin=bins_of(reading.log_snr, reading.losses),
+            learning_rate=learning_rate_of(learner.optimizer),
+            seconds=learner.seconds,
+            peak_bytes=peak_memory(self._device),
+            images=images,
+        )
+        self._log.append(event)
+        self._last_report = time.monotonic()
+        return event
+
+    def save(self) -> None:
+        """The checkpoint, and the adapter as it is now. The losses so far must have been read."""
+        if not self._run or self._saved == self._learner.step:
+            return
+        self._run.save(self._learner.state_dict(), self._config, self._identity)
+        self._saved = self._learner.step
+        self._run.save_adapter(self._learner.result(), self._about(self._learner.step))
+
+    @contextmanager
+    def saving_on_exceptions(self) -> Iterator[None]:
+        """Whatever is raised inside, ComfyUI's interrupt too: the last complete step is saved before it goes on."""
+        try:
+            yield
+        except BaseException:
+            self._save_what_is_sound()
+            raise
+
+    def _save_what_is_sound(self) -> None:
+        if not self._learner.whole:
+            return
+        try:
+            self._event()
+            self.save()
+        except (TrainingError, OSError):  # the exception under way matters more; the checkpoint before is intact
+            logger.exception("The checkpoint of step %s is the last one of this run.", self._saved)

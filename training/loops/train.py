@@ -1,0 +1,153 @@
+"""Training an adapter, as one loop.
+
+Style-Friendly SNR Sampler (arXiv 2411.14793): draw log_snr ~ N(mu, sigma^2) (Eq. 6), mix x_t = alpha x0 + sigma eps,
+and minimise the plain mean square between the model's prediction and its target (Eq. 3).
+
+Everything drawn is a function of (seed, step, sample), so that a continued run repeats exactly, and so that a step
+is the same whether its samples come in one batch or in several.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ..adapters.attach import attached
+from ..data.dataset import Dataset
+from ..denoiser import Conditioning, Denoiser
+from ..densities import Density, build_density, mean_time, stratified_uniform
+from ..gradients import differentiable
+from ..losses import LOSSES
+from ..noise import add_noise, gaussian
+from ..predictions import target
+from ..randomness import generator
+from ..weightings import WEIGHTINGS, check_weighting
+from .checkpoint import identity_of, open_run
+from .config import TrainConfig
+from .events import Event
+from .learner import Learner
+from .meter import Meter
+from .recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives back."""
+
+    adapter_state: dict[str, Tensor]  # peft's names, float32 on the CPU; averaged weights where there are any
+    history: list[Event]  # of all sessions of the run, without images
+    losses: list[float]  # mean of each optimizer step
+    steps_done: int
+    path: Path | None  # of the adapter's file
+
+
+def train(
+    denoiser: Denoiser,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    run_dir: Path | None,  # None = nothing is kept on disk
+    report: Callable[[Event], None] | None = None,  # what it raises stops the run, which is saved first
+    sample: Callable[[int], Tensor] | None = None,  # step -> pictures (b, 3, h, w) in [0, 1]
+    device: torch.device | str = "cpu",
+    latents_per_token: int = 4,  # positions of a latent to an image token
+    conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too: FLUX-dev's guidance of 1
+    base_model: str = "",  # its name, for the adapter's file
+) -> TrainResult:
+    """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
+
+    Where ``run_dir`` holds a checkpoint of the same run, continues it, and ends as if it had never stopped: bit for
+    bit on one machine. ValueError for what cannot work, before any work; IncompatibleCheckpoint names the options in
+    which a checkpoint differs; NonFiniteLoss stops a run that diverges. Whatever is raised, also by ``report`` or
+    from within the model, the last complete step is saved before it goes on.
+    """
+    device = torch.device(device)
+    check_weighting(config.weighting, denoiser.prediction, denoiser.process)
+    loss_of, weight_of = LOSSES[config.loss], WEIGHTINGS[config.weighting]
+    law = cache(partial(_law, denoiser, config))
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(run_dir)) if run_dir is not None else None
+        adapter = stack.enter_context(
+            attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed)
+        )
+        stack.enter_context(differentiable(denoiser.module, checkpoint=config.gradient_checkpointing))
+        learner, meter = Learner(adapter, config), Meter()
+        recorder = Recorder(
+            run,
+            learner,
+            meter,
+            config,
+            identity=identity_of(denoiser, dataset),
+            about=lambda steps: {},
+            device=device,
+        )
+        stack.enter_context(recorder.saving_on_exceptions())
+        while learner.step < config.steps:
+            step = learner.step
+            uniforms = stratified_uniform(config.samples_a_step, generator(config.seed, "log_snr", step))
+            for micro, u in enumerate(uniforms.split(config.batch_size)):
+                batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation)
+                drawn = law(batch.latents[0, 0].numel() // latents_per_token).icdf(u)
+                noise = _noise(batch.latents.shape, config, step, first=micro * config.batch_size)
+                x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
+                mask = None if batch.mask is None else _moved(batch.mask, device)
+                conditions = _conditions(batch.conditioning, conditioning or {}, len(x0), device)
+
+                x_t = add_noise(denoiser.process, x0, eps, log_snr)
+                wanted = target(denoiser.prediction, denoiser.process, x0, eps, log_snr)
+                with adapter.dropout(generator(config.seed, "dropout", step, micro)):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                        prediction = denoiser(x_t, log_snr, conditions)
+                    losses = loss_of(prediction, wanted, mask)
+                    losses = losses * weight_of(log_snr, denoiser.prediction, denoiser.process)
+                    (losses.mean() / config.accumulation).backward()
+                meter.add(step, batch.captions, drawn, losses)
+
+            meter.add_norm(step, clip_grad_norm_(learner.parameters, config.clip_norm or math.inf))
+            if device.type == "cpu":  # elsewhere the recorder looks: here it would make every step wait
+                meter.check(step)
+            with learner.updating():
+                learner.optimizer.step()
+                learner.schedule.step()
+                learner.optimizer.zero_grad()
+                learner.average.update()
+            recorder.observe(report, sample)
+        return TrainResult(
+            learner.result(), recorder.history, learner.losses, learner.step, run.adapter if run else None
+        )
+
+
+def _law(denoiser: Denoiser, config: TrainConfig, tokens: int) -> Density:
+    """The law of log_snr for pictures of so many image tokens, said in the log once."""
+    density = build_density(config.density, denoiser.log_snr_range, tokens)
+    logger.info("noise levels at %d tokens: %s, mean time %.3f", tokens, density.describe(), mean_time(density))
+    return density
+
+
+def _noise(shape: torch.Size, config: TrainConfig, step: int, first: int) -> Tensor:
+    """eps (b, c, h, w) in float32, drawn on the CPU: the same on every device. ``first`` is the place in the step."""
+    places = range(first, first + shape[0])
+    sources = [generator(config.seed, "noise", step, place) for place in places]
+    return torch.cat([gaussian((1, *shape[1:]), source, offset=config.offset_noise) for source in sources])
+
+
+def _conditions(batch: Conditioning, more: Conditioning, size: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch's conditioning (b, …) with further entries (1, …) repeated for each of its rows."""
+    repeated = {name: tensor.expand(size, *tensor.shape[1:]) for name, tensor in more.items()}
+    return {name: _moved(tensor, device) for name, tensor in {**batch, **repeated}.items()}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. From pinned memory, because a copy from any other waits for the step before."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
