@@ -12,11 +12,11 @@ from torch import nn
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-# The name parts of a layer that steers or embeds instead of mixing features: left alone by the generic preset.
+# Parts of names: of layers that steer or embed instead of mixing features, and of convolutions.
 _STEERING = r"\w*(?:norm|embed|adaln|modulation)\w*|\w*_mod|mod|\w*_emb|emb_layers|time_emb_proj"
 _CONVOLUTION = r"\w*conv\w*|in_layers|out_layers|skip_connection|op"
-# Every layer below a numbered block, but those.
-_GENERIC = rf"(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION})(?:\.|$)).*\.)?\d+\..+"
+# The layers below a numbered block but those; a number right below a number is the first convolution of a UNet.
+_GENERIC = rf"\A(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION})(?:\.|\Z)))(?!.*\.\d+\.\d+\Z)(?:.*\.)?\d+\..+"
 
 _TO_QKV_OUT = r"to_(?:q|k|v|out\.0)"
 _UNET_ATTENTION = rf"transformer_blocks\.\d+\.attn[12]\.{_TO_QKV_OUT}"

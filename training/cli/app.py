@@ -3,10 +3,10 @@
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
 """
 
+import functools
 import logging
-import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -26,11 +26,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
-app.command()(resume)
-app.command()(density)
-app.command()(inspect)
-app.command()(convert)
+
+
+def _add(command: Callable[..., None]) -> None:
+    """Registers a command under its name. Ctrl-C leaves it with the code that shells expect."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("stylewright: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+    app.command()(call)
+
+
+for each in (train, resume, density, inspect, convert):
+    _add(each)
 
 
 @app.callback()
@@ -38,17 +51,30 @@ def options() -> None:
     """Learn a visual style from a few pictures, and use it."""
 
 
+class Messages(logging.Handler):
+    """Log messages as lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"stylewright: {record.getMessage()}", err=True)
+
+
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code; errors go to stderr in one line."""
-    logging.basicConfig(level=logging.WARNING, format="stylewright: %(message)s", stream=sys.stderr)
-    debug = DEBUG in arguments
+    """Runs one command line and returns its exit code; errors go to stderr in one line, or are raised with --debug."""
+    logging.basicConfig(level=logging.WARNING, handlers=[Messages()])
+    logging.getLogger(__name__.partition(".training")[0]).setLevel(logging.INFO)
     try:
-        app([argument for argument in arguments if argument != DEBUG], prog_name="stylewright")
+        app([_dashed(argument) for argument in arguments if argument != DEBUG], prog_name="stylewright")
     except (ValueError, TrainingError, OSError, ModuleNotFoundError) as error:
-        if debug:
-            traceback.print_exc()
+        if DEBUG in arguments:
+            raise
         typer.echo(f"stylewright: {error}", err=True)
         return 1
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else 0
     return 0
+
+
+def _dashed(argument: str) -> str:
+    """``--learning_rate``, as the TOML file spells it, is ``--learning-rate``."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument

@@ -8,6 +8,7 @@ is ``--adapter.rank 8``, and also the bare ``--rank 8``.
 import dataclasses
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +22,21 @@ class Flag:
     """One option of the command line."""
 
     path: tuple[str, ...]  # ("adapter", "rank")
-    kind: Any  # what typer makes of the text: int, float, str, bool, Path, list[str]
+    hint: Any  # of the field
     help: str
     panel: str
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The members of a union without None, or the one type."""
+        union = get_origin(self.hint) in (Union, types.UnionType)
+        return tuple(kind for kind in get_args(self.hint) if kind is not type(None)) if union else (self.hint,)
+
+    @property
+    def parsed_as(self) -> Any:
+        """The type that typer is asked for: a list where the field may be a tuple."""
+        tuples = [kind for kind in self.kinds if get_origin(kind) is tuple]
+        return list[get_args(tuples[0])[0]] if tuples else self.kinds[0]
 
     @property
     def parameter(self) -> str:
@@ -34,6 +47,12 @@ class Flag:
         """("--adapter.rank", "--rank")"""
         words = [part.replace("_", "-") for part in self.path]
         return tuple(dict.fromkeys((f"--{'.'.join(words)}", f"--{words[-1]}")))
+
+    def value(self, parsed: Any) -> Any:
+        """What goes into the table. Where a field takes a word or several texts, one plain word is the word."""
+        if str in self.kinds and isinstance(parsed, list) and len(parsed) == 1 and re.fullmatch(r"[\w-]+", parsed[0]):
+            return parsed[0]
+        return parsed
 
 
 def flags_of(kind: type, helps: Mapping[str, str], panel: str, path: tuple[str, ...] = ()) -> Iterator[Flag]:
@@ -46,17 +65,8 @@ def flags_of(kind: type, helps: Mapping[str, str], panel: str, path: tuple[str, 
         else:
             text = helps[".".join(here)]
             default = field.default
-            stated = "" if default in (None, "", (), dataclasses.MISSING) else f" [default: {default}]"
-            yield Flag(here, _parsed_as(hint), text + stated, panel)
-
-
-def _parsed_as(hint: Any) -> Any:
-    """The type that typer is asked for: the first of a union, and a list where the field is a tuple."""
-    kinds = [hint]
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    tuples = [kind for kind in kinds if get_origin(kind) is tuple]
-    return list[get_args(tuples[0])[0]] if tuples else kinds[0]  # type: ignore[misc]
+            stated = "" if default in (None, "", (), dataclasses.MISSING) else f" (default: {default})"
+            yield Flag(here, hint, text + stated, panel)
 
 
 def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -65,11 +75,11 @@ def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., No
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def call(**values: Any) -> None:
-            given = {flag.path: values.pop(flag.parameter) for flag in flags}
+            given = {flag.path: flag.value(values.pop(flag.parameter)) for flag in flags}
             command(nest({path: value for path, value in given.items() if value not in (None, [])}), **values)
 
         own = list(inspect.signature(command).parameters.values())[1:]
-        signature = inspect.Signature([*map(_parameter, flags), *own])
+        signature = inspect.Signature([*own, *map(_parameter, flags)])
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         return call
@@ -79,11 +89,14 @@ def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., No
 
 def _parameter(flag: Flag) -> inspect.Parameter:
     declared = flag.names
-    if flag.kind is bool:
+    if flag.parsed_as is bool:
         declared = tuple(f"{name}/--no-{name.removeprefix('--')}" for name in declared)
     option = typer.Option(*declared, help=flag.help, rich_help_panel=flag.panel, show_default=False)
     return inspect.Parameter(
-        flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[flag.kind | None, option]
+        flag.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[flag.parsed_as | None, option],
     )
 
 

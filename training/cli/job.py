@@ -4,7 +4,7 @@ import difflib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..loops.tables import differences, from_table, to_table
 
 FILE = "job.json"  # in the folder of a run, so that it can be resumed without repeating anything
 RUNS = Path("runs")
+# Models made for smaller pictures than those that the laws are stated for carry the law to their own size.
+REFERENCE_TOKENS = {"embedded": 4096}
 MAY_CHANGE = {"device", "out"}  # when a run is continued
 
 
@@ -42,7 +44,7 @@ HELP = {
     "caption_mode": '"content": captions become "{content} in {style phrase} style"; "full": they are complete.',
     "alpha_masks": "Learn only from the opaque parts of the pictures.",
     "device": '"cpu", "cuda", …; "auto" is CUDA where there is one.',
-    "out": "Folder of the run; a run that is there is continued. [default: a new one in runs/]",
+    "out": "Folder of the run; a run that is there is continued. (default: a new one in runs/)",
 }
 
 
@@ -61,7 +63,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
-    """The two halves of what a user stated. ValueError names an unknown option or a bad value."""
+    """The two halves of what a user stated, resolved. ValueError names an unknown option or a bad value."""
     ours = {field.name for field in fields(Job)}
     known = ours | {field.name for field in fields(TrainConfig)}
     for name in table:
@@ -70,7 +72,11 @@ def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
             advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sorted(known))}."
             raise ValueError(f"Unknown option {name}: {advice}")
     job = from_table(Job, {name: value for name, value in table.items() if name in ours})
-    return job, config_from_table({name: value for name, value in table.items() if name not in ours})
+    config = config_from_table({name: value for name, value in table.items() if name not in ours})
+    if config.density.reference_tokens is None and job.model in REFERENCE_TOKENS:
+        density = replace(config.density, reference_tokens=REFERENCE_TOKENS[job.model])
+        config = replace(config, density=density)
+    return job, config
 
 
 def folder_of(job: Job) -> Path:

@@ -31,7 +31,7 @@ def digest(*parts: str | int | Tensor) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             state.update(repr((str(part.dtype), tuple(part.shape))).encode())
-            state.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            state.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             state.update(repr(part).encode())
         state.update(b";")

@@ -56,6 +56,8 @@ def styled(content: str, style_phrase: str) -> str:
 
 def contains(caption: str, style_phrase: str) -> bool:
     """Whether the words of the phrase occur in the caption, in order, in any case, as whole words."""
+    if not style_phrase.strip():
+        return True
     words = r"\s+".join(map(re.escape, style_phrase.split()))
     return re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE) is not None
 

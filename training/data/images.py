@@ -115,8 +115,6 @@ def _to_srgb(image: Image.Image, profile: bytes, path: Path) -> Image.Image:
 
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return image.convert("RGB")
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), intent, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ImportError) as error:

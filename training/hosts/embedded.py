@@ -21,8 +21,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
     for path in (weights.transformer, weights.autoencoder, weights.text_encoder):
         if not path.is_file():
             raise ValueError(f"the embedded model is not complete: {path} is missing. `stylewright embedded` makes it")
-    # The constructors draw weights, which the files then replace.
-    with reading(f"weights in {weights.folder}"), torch.random.fork_rng(devices=[]):
+    with reading(f"the weights in {weights.folder}"):
         transformer = load_transformer(weights.transformer).to(device, dtype)
         autoencoder = load_autoencoder(weights.autoencoder).to(device)
         text_encoder = load_text_encoder(weights).to(device)

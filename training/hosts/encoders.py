@@ -23,7 +23,9 @@ class Autoencoder:
     """A diffusers AutoencoderKL in float32: SDXL's overflows in float16, and bfloat16 costs detail."""
 
     def __init__(self, parts: Parts) -> None:
-        config = parts.config("vae")
+        config, kind = parts.config("vae"), parts.listed("vae")[1]
+        if kind != "AutoencoderKL":
+            raise ValueError(f"{parts.folder} has a {kind} for an autoencoder, expected AutoencoderKL")
         self.channels: int = config["latent_channels"]
         self.pixels_per_latent: int = 2 ** (len(config["block_out_channels"]) - 1)
         self.scale: float = config["scaling_factor"]

@@ -111,7 +111,7 @@ def open_flux(parts: Parts) -> Host:
     if parts.checkpoint is None:
         transformer = parts.load("transformer", parts.dtype)
     else:
-        with reading(f"transformer of {parts.name}"):
+        with reading(f"the transformer of {parts.name}"):
             transformer = transformer_of(parts.state("transformer"), parts.dtype)
     autoencoder, distilled = Autoencoder(parts), transformer.config.guidance_embeds
     parts.require_channels(transformer.config.in_channels, 4 * autoencoder.channels)

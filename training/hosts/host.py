@@ -30,4 +30,5 @@ class Host:
     sampling_conditioning: Conditioning  # the same while sampling, for example guidance 3.5
     latent_channels: int = 16
     schedule: Callable[[int, int], Tensor] = _unshifted  # (steps, image tokens) -> log_snr (steps + 1,) to sample at
+    reference_tokens: int | None = None  # laws are stated for so many image tokens, and carried; None = for any
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled

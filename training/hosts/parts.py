@@ -6,8 +6,10 @@ safetensors are read.
 """
 
 import importlib
+import inspect
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 LIBRARIES = ("diffusers", "transformers")
+DTYPE_SINCE = {"diffusers": (0, 40), "transformers": (4, 56)}  # the option was called torch_dtype before
+PART = r"(text_encoder|tokenizer)(_\d)?|unet|transformer|vae|scheduler|safety_checker|feature_extractor|image_encoder"
+OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3's T5: diffusers puts zeros in its place
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of pipelines that training has no use for
 DENOISER_PREFIX = "model.diffusion_model."  # in checkpoints that hold more than the denoiser
 VAE_PREFIXES = ("first_stage_model.", "vae.")
@@ -61,34 +66,49 @@ class Parts:
         return checkpoint_keys(self.checkpoint) if self.checkpoint else []
 
     def load(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A model of diffusers, frozen, in evaluation mode and main memory."""
-        library, class_name = self.index[part]
+        """A model of diffusers or transformers, frozen, in evaluation mode and main memory."""
+        library, class_name = self.listed(part)
         model_class = getattr(importlib.import_module(library), class_name)
-        with reading(f"{part} ({class_name}) of {self.name}"):
+        options = {"subfolder": part, "local_files_only": True} | dtype_option(library, dtype)
+        with reading(f"the {part} ({class_name}) of {self.name}"):
             if self.holds(part):
-                model = model_class.from_single_file(
-                    self.state(part),
-                    config=str(self.folder),
-                    subfolder=part,
-                    local_files_only=True,
-                    **dtype_option(dtype),
-                )
+                model = model_class.from_single_file(self.state(part), config=str(self.folder), **options)
+                require_all(name for name, value in model.named_parameters() if value.is_meta)
             else:
-                model = model_class.from_pretrained(self.folder, subfolder=part, **self._local(dtype))
+                options |= {"use_safetensors": True, "variant": self._variant(part), "output_loading_info": True}
+                model, info = model_class.from_pretrained(self.folder, **options)
+                require_all(info["missing_keys"])
         return model.requires_grad_(False).eval()
 
     def load_text_pipeline(self, denoiser: nn.Module) -> Any:
         """The diffusers pipeline with tokenizers and text encoders only; it knows how this model reads prompts."""
-        pipeline_class = getattr(importlib.import_module("diffusers"), self.index["_class_name"])
-        denoiser_part = "unet" if "unet" in self.index else "transformer"
-        given = {denoiser_part: denoiser, "vae": None} | {part: None for part in UNUSED if part in self.index}
+        given: dict[str, Any] = {}
+        for part in self.pipeline_parts():
+            if part in ("vae", *UNUSED) or self.listed(part)[0] is None:
+                given[part] = None
+            elif part.startswith("text_encoder") and not self.holds(part):
+                given[part] = self.load(part, self.dtype)
+        given["unet" if "unet" in self.pipeline_parts() else "transformer"] = denoiser
         if "safety_checker" in given:
             given["requires_safety_checker"] = False
-        with reading(f"text encoders of {self.name}"):
+        with reading(f"the text encoders of {self.name}"):
             if any(self.holds(part) for part in TEXT_PREFIXES.get(self.family, ())):
-                given |= {"config": str(self.folder), "local_files_only": True} | dtype_option(self.dtype)
-                return pipeline_class.from_single_file(str(self.checkpoint), **given)
-            return pipeline_class.from_pretrained(self.folder, **self._local(self.dtype), **given)
+                given |= {"config": str(self.folder)} | dtype_option("diffusers", self.dtype)
+                return self.pipeline_class().from_single_file(str(self.checkpoint), local_files_only=True, **given)
+            return self.pipeline_class().from_pretrained(self.folder, local_files_only=True, **given)
+
+    def pipeline_class(self) -> Any:
+        return getattr(importlib.import_module("diffusers"), self.index["_class_name"])
+
+    def pipeline_parts(self) -> list[str]:
+        """The models, tokenizers and the scheduler that this kind of pipeline is made of."""
+        parameters = inspect.signature(self.pipeline_class().__init__).parameters
+        return [name for name in parameters if re.fullmatch(PART, name)]
+
+    def listed(self, part: str) -> tuple[str | None, str | None]:
+        """Library and class of a part according to the folder, (None, None) where it has none."""
+        entry = self.index.get(part)
+        return (entry[0], entry[1]) if isinstance(entry, list) and len(entry) == 2 else (None, None)
 
     def holds(self, part: str) -> bool:
         """Whether the weights of this part are in the single file."""
@@ -115,36 +135,43 @@ class Parts:
 
     def missing(self) -> list[str]:
         """What is not on disk, one description for each part."""
-        parts = {part: value for part, value in self.index.items() if _is_part(part, value)}
-        return [
-            f"{part} ({class_name}) in {self.folder / part}"
-            for part, (_, class_name) in parts.items()
-            if not self._is_complete(part, class_name)
-        ]
+        lacking = []
+        for part in self.pipeline_parts():
+            library, class_name = self.listed(part)
+            if part in UNUSED or (part in OPTIONAL and library is None):
+                continue
+            if library not in LIBRARIES:
+                lacking.append(f"{part} (model_index.json says {library}, {class_name})")
+            elif not self._is_complete(part):
+                lacking.append(f"{part} ({class_name}) in {self.folder / part}")
+        return lacking
 
-    def _is_complete(self, part: str, class_name: str) -> bool:
+    def _is_complete(self, part: str) -> bool:
         folder = self.folder / part
         if part == "scheduler":
             return (folder / "scheduler_config.json").is_file()
         if part.startswith("tokenizer"):
             return folder.is_dir() and any(folder.iterdir())
+        if self.family == "flux" and part == "transformer" and self.checkpoint:
+            return True  # its configuration follows from its tensors
         return (folder / "config.json").is_file() and (self.holds(part) or any(folder.glob("*.safetensors")))
 
-    def _local(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Options of from_pretrained: no network, no pickle, half-precision files where there are no others."""
-        half = [f for f in self.folder.glob("*/*.fp16.safetensors") if not list(f.parent.glob("*[!6].safetensors"))]
-        local = {"local_files_only": True, "use_safetensors": True, "variant": "fp16" if half else None}
-        return local | dtype_option(dtype)
+    def _variant(self, part: str) -> str | None:
+        """Half-precision files are asked for where there are no others."""
+        files = [file.name for file in (self.folder / part).glob("*.safetensors")]
+        return "fp16" if files and all(".fp16" in name for name in files) else None
 
 
-def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The option that sets a model's type while it loads, which diffusers 0.40 renamed."""
-    release = tuple(int(number) for number in version("diffusers").split(".")[:2])
-    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+def dtype_option(library: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The option that sets a model's type while it loads, which both libraries have renamed."""
+    release = tuple(int(number) for number in version(library).split(".")[:2])
+    return {"dtype" if release >= DTYPE_SINCE[library] else "torch_dtype": dtype}
 
 
-def _is_part(name: str, value: Any) -> bool:
-    return isinstance(value, list) and value[0] in LIBRARIES and name not in UNUSED
+def require_all(missing: Iterable[str]) -> None:
+    """ValueError where weights were not in the file: the libraries only warn, and go on with random ones."""
+    if names := sorted(missing):
+        raise ValueError(f"{len(names)} of its weights are missing, for example {', '.join(names[:3])}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,8 +197,12 @@ def read_tensors(path: Path, keys: list[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns what libraries raise about a file into one ValueError that names it."""
+    """Turns what libraries raise about a file into one ValueError that names it.
+
+    Their constructors draw weights, which the file then replaces: the global generator is left as it was.
+    """
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot read the {what}: {error}") from error
+        raise ValueError(f"cannot read {what}: {error}") from error

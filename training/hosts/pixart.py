@@ -112,7 +112,7 @@ def load_transformer(parts: Parts) -> "PixArtTransformer2DModel":
     from accelerate import init_empty_weights
     from diffusers import PixArtTransformer2DModel
 
-    with reading(f"transformer of {parts.name}"):
+    with reading(f"the transformer of {parts.name}"):
         with init_empty_weights():
             transformer = PixArtTransformer2DModel.from_config(parts.config("transformer"))
         state = pixart_to_diffusers(parts.state("transformer"))

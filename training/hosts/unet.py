@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 BETA_SCHEDULES = {"scaled_linear": scaled_linear_alphas, "linear": linear_alphas}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# A UNet has no tokens. Counted like a transformer's, so that one resolution rule holds for all.
-PIXELS_PER_TOKEN = 16
 
 
 class UNetDenoiser:
@@ -105,7 +103,8 @@ def open_unet(parts: Parts) -> Host:
         decode_latents=autoencoder.decode,
         encode_prompts=prompt_encoder(parts, unet, ENCODE[parts.family]),
         pixels_per_latent=autoencoder.pixels_per_latent,
-        pixels_per_token=PIXELS_PER_TOKEN,
+        # A UNet has no tokens. Counted like a transformer's, so that one resolution rule holds for all.
+        pixels_per_token=2 * autoencoder.pixels_per_latent,
         resolution=unet.config.sample_size * autoencoder.pixels_per_latent,
         device=parts.device,
         training_conditioning={},

@@ -11,7 +11,6 @@ Everything but the log is written beside its final name and renamed, so that a p
 a checkpoint that can be read. The checkpoint comes first and counts: what else is there is made again from it.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..data.dataset import Dataset
 from ..denoiser import Denoiser
 from ..errors import IncompatibleCheckpoint, TrainingError
 from ..formats.state import load_state, save_state, write_atomically
@@ -85,12 +85,12 @@ class RunDirectory:
         with _disk_errors(self.config):
             write_atomically(self.config, lambda temporary: _write_text(temporary, text))
 
-    def save_adapter(self, state: Mapping[str, Tensor], metadata: Mapping[str, str], style: str) -> None:
-        """Writes the adapter's file with the key names of ``style``."""
+    def save_adapter(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Writes the adapter's file."""
         from ..formats.adapters import save_adapter
 
         with _disk_errors(self.adapter):
-            save_adapter(self.adapter, state, metadata, style)
+            save_adapter(self.adapter, state, metadata)
 
     def save_images(self, step: int, images: Tensor) -> None:
         """Writes pictures (b, 3, h, w) in [0, 1] as PNG."""
@@ -134,13 +134,11 @@ def require_space(path: Path, adapter_bytes: int) -> None:
         )
 
 
-def identity_of(denoiser: Denoiser, dataset: Any) -> dict[str, Any]:
-    """What else than the configuration makes a run: the kind of model, and the captions and sizes of the data."""
-    examples = [(example.caption, tuple(example.latent.shape)) for example in dataset.examples]
-    digest = hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest()
+def identity_of(denoiser: Denoiser, dataset: Dataset) -> dict[str, Any]:
+    """What else than the configuration makes a run: the kind of model, and the data."""
     return {
         "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
-        "data": {"examples": len(examples), "captions_and_sizes": digest},
+        "data": {"pictures": len(dataset.examples), "fingerprint": dataset.fingerprint()},
     }
 
 

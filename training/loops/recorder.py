@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import IncompatibleCheckpoint, TrainingError
 from .checkpoint import RunDirectory, require_space
 from .config import TrainConfig
 from .events import Event, EventLog, bins_of, peak_memory
@@ -42,7 +42,7 @@ class Recorder:
         self._saved: int | None = None  # step of the checkpoint on disk
         state = run.load(config, identity) if run else None
         if state:
-            learner.load_state_dict(state)
+            _load(learner, state)
             self._saved = learner.step
             logger.info("continues %s at step %d of %d", run.path if run else "", learner.step, config.steps)
         self._log = EventLog(run.events if run else None, learner.step)
@@ -124,3 +124,10 @@ class Recorder:
             self.save()
         except (TrainingError, OSError):  # the exception under way matters more; the checkpoint before is intact
             logger.exception("The checkpoint of step %s is the last one of this run.", self._saved)
+
+
+def _load(learner: Learner, state: Mapping[str, Any]) -> None:
+    try:
+        learner.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise IncompatibleCheckpoint(f"The checkpoint belongs to another model: {error}.") from error

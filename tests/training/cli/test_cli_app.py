@@ -36,10 +36,26 @@ def test_expected_errors_are_one_line(failing, capsys, error):
     assert printed.err == f"stylewright: {error}\n"
 
 
-def test_debug_shows_where(failing, capsys):
+def test_debug_shows_where(failing):
     failing(ValueError("got 3, expected 4"))
-    assert run(["fail", "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="got 3"):
+        run(["fail", "--debug"])
+
+
+def test_interrupted_commands_leave_with_130(monkeypatch, capsys):
+    from stylewright.training.cli import density
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(density, "measure", interrupt)
+    assert run(["density"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_flags_may_be_spelled_as_in_the_file(capsys):
+    assert run(["density", "--reference_tokens=4096", "--tokens", "64"]) == 0
+    assert "shifted" in capsys.readouterr().out
 
 
 def test_our_own_mistakes_are_not_hidden(failing):

@@ -33,7 +33,7 @@ def test_the_smallest_model_has_one_bucket():
 
 
 def test_a_resolution_below_one_token_is_an_error():
-    with pytest.raises(ValueError, match="resolution 8 .* at least 16"):
+    with pytest.raises(ValueError, match=r"resolution 8 .* at least 16"):
         make_buckets(8, 16)
 
 

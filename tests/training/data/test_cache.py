@@ -1,6 +1,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def flip_a_bit(path):
 
 
 def replace_by_a_foreign_file(path):
-    save_file(Maker()(), path)
+    save_file({name: tensor.contiguous() for name, tensor in Maker()().items()}, path)
 
 
 def replace_by_another_entry(path):
@@ -114,7 +115,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_once(tmp_path):
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(tensors, path, header):
         path.write_bytes(b"half")
-        with open("/dev/full", "wb", buffering=0) as disk:
+        with Path("/dev/full").open("wb", buffering=0) as disk:
             disk.write(b"the other half")
 
     monkeypatch.setattr("stylewright.training.data.cache.save_file", full)

@@ -64,7 +64,7 @@ def test_empty_captions_are_named():
 
 
 def test_an_unknown_mode_lists_those_there_are():
-    with pytest.raises(ValueError, match="'templat'.*content, full"):
+    with pytest.raises(ValueError, match=r"'templat'.*content, full"):
         complete([given("a cat")], "templat")
 
 

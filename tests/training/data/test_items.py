@@ -91,7 +91,7 @@ def test_long_lists_are_cut(folder):
 
 
 def test_folders_without_pictures(tmp_path):
-    with pytest.raises(ValueError, match="There is no folder .*gone"):
+    with pytest.raises(ValueError, match=r"There is no folder .*gone"):
         read_folder(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"No pictures in .*expected png, jpg.*found no files$"):
         read_folder(tmp_path)

@@ -286,7 +286,7 @@ def pixart(root: Path, *, size_conditions: bool = True) -> Any:
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     transformer = PixArtTransformer2DModel(
-        sample_size=16,
+        sample_size=128,  # the pipeline tells the picture's size to models with this number only
         patch_size=2,
         in_channels=4,
         out_channels=8,

@@ -1,5 +1,9 @@
 """A network and data so small that a training step takes a millisecond."""
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +12,11 @@ from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset, Example
 from stylewright.training.densities import DensityConfig
 from stylewright.training.loops.config import TrainConfig
+
+if importlib.util.find_spec("stylewright.training.formats.adapters") is None:  # TEMPORARY
+    stub = types.ModuleType("stub")
+    stub.save_adapter = lambda path, *_, **__: path.write_bytes(b"x")
+    sys.modules["stylewright.training.formats.adapters"] = stub
 
 CHANNELS, HEIGHT, WIDTH, CONTEXT = 4, 6, 8, 5
 
@@ -103,3 +112,23 @@ def make_config():
 @pytest.fixture
 def make_dataset():
     return toy_dataset
+
+
+@pytest.fixture
+def run_to(make_config, tmp_path):
+    """Trains the toy in a folder of ``tmp_path`` and returns the result and the folder."""
+    from stylewright.training.loops.train import train
+
+    def run(name, *, data=None, on=None, report=None, sample=None, **changes):
+        folder = tmp_path / name
+        result = train(
+            on or ToyDenoiser(),
+            data or toy_dataset(),
+            make_config(**changes),
+            run_dir=folder,
+            report=report,
+            sample=sample,
+        )
+        return result, folder
+
+    return run

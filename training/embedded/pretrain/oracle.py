@@ -17,7 +17,7 @@ from .stage import run, trapezoid
 
 logger = logging.getLogger(__name__)
 
-STEPS = 1400
+STEPS = 1000
 BATCH = 64
 LR = 2e-3
 

@@ -1,0 +1,259 @@
+import dataclasses
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from stylewright.training.data import encode, items_from_memory, read_folder
+from stylewright.training.hosts.host import Host
+
+TOKEN = 16
+WIDTH = 6
+
+
+def average(images):
+    """An autoencoder of one number a patch and colour."""
+    return F.avg_pool2d(images, 8)
+
+
+def hash_words(prompts):
+    """A fixed random vector a word; one token a word, at least one."""
+    rows = []
+    for prompt in prompts:
+        words = prompt.split() or ["<null>"]
+        draws = [torch.Generator().manual_seed(sum(word.encode())) for word in words]
+        rows.append(torch.stack([torch.randn(WIDTH, generator=g) for g in draws]))
+    return {"context": torch.stack(rows), "pooled": torch.stack([row.sum(0) for row in rows])}
+
+
+class Counted:
+    """A function, and what it was called with."""
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = []
+
+    def __call__(self, argument):
+        self.calls.append(argument)
+        return self.function(argument)
+
+
+def toy_host(**changes):
+    host = Host(
+        name="toy",
+        denoiser=None,
+        encode_images=Counted(average),
+        decode_latents=lambda latents: F.interpolate(latents, scale_factor=8.0),
+        encode_prompts=Counted(hash_words),
+        pixels_per_latent=8,
+        pixels_per_token=TOKEN,
+        resolution=64,
+        device="cpu",
+        training_conditioning={},
+        sampling_conditioning={},
+    )
+    return dataclasses.replace(host, **changes)
+
+
+def three_items():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(64, 64), (64, 64), (80, 128)]
+    images = [torch.rand(3, *size, generator=generator) for size in sizes]
+    return items_from_memory(images, ["a cat", "a dog", "a cat"])
+
+
+def equal_examples(left, right):
+    return all(
+        torch.equal(a.latent, b.latent)
+        and a.caption == b.caption
+        and all(torch.equal(a.conditioning[name], b.conditioning[name]) for name in a.conditioning)
+        for a, b in zip(left.examples, right.examples, strict=True)
+    )
+
+
+def test_what_comes_out_is_what_the_encoders_say():
+    items = three_items()
+    dataset = encode(items, toy_host(), resolution=64, style_phrase="ink wash")
+    assert [example.caption for example in dataset.examples] == [
+        "a cat in ink wash style",
+        "a dog in ink wash style",
+        "a cat in ink wash style",
+    ]
+    first, _, wide = dataset.examples
+    assert torch.equal(first.latent, average(items[0].image[None])[0])
+    assert wide.latent.shape == (3, 6, 10)
+    words = hash_words([first.caption])
+    assert torch.equal(first.conditioning["context"], words["context"])
+    assert torch.equal(dataset.null["pooled"], hash_words([""])["pooled"])
+
+
+def test_pictures_and_captions_are_encoded_once_and_alone():
+    host = toy_host()
+    encode(three_items(), host, resolution=64, style_phrase="ink wash")
+    assert host.encode_prompts.calls == [[""], ["a cat in ink wash style"], ["a dog in ink wash style"]]
+    assert [tuple(pixels.shape) for pixels in host.encode_images.calls] == [(1, 3, 64, 64)] * 2 + [(1, 3, 48, 80)]
+
+
+def test_the_cache_saves_the_work_and_changes_no_bit(tmp_path):
+    plain = encode(three_items(), toy_host(), resolution=64, style_phrase="ink wash", caption_dropout=0.1)
+    for round_ in range(2):
+        host = toy_host()
+        cached = encode(
+            three_items(), host, resolution=64, style_phrase="ink wash", caption_dropout=0.1, cache_dir=tmp_path
+        )
+        assert equal_examples(plain, cached)
+        assert plain.fingerprint() == cached.fingerprint()
+        # Always the empty prompt and the probe picture, which tell the encoders apart.
+        assert len(host.encode_prompts.calls) == (3, 1)[round_]
+        assert len(host.encode_images.calls) == (4, 1)[round_]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_the_cache_notices_changes(tmp_path):
+    def work(host, items=None, resolution=64, style_phrase="ink wash"):
+        encode(items or three_items(), host, resolution=resolution, style_phrase=style_phrase, cache_dir=tmp_path)
+        return len(host.encode_images.calls) - 1, len(host.encode_prompts.calls) - 1
+
+    assert work(toy_host()) == (3, 2)
+    assert work(toy_host(), resolution=48) == (3, 0)
+    assert work(toy_host(), style_phrase="oil painting") == (0, 2)
+    assert work(toy_host(name="another")) == (3, 2)
+    changed = three_items()
+    changed[1].image[0, 5, 5] += 0.01
+    assert work(toy_host(), changed) == (1, 0)
+    # Encoders of other weights under the same name.
+    assert work(toy_host(encode_images=Counted(lambda images: average(images) * 1.001))) == (3, 0)
+    assert work(toy_host(encode_prompts=Counted(lambda p: {n: t + 1 for n, t in hash_words(p).items()}))) == (0, 2)
+    assert work(toy_host()) == (0, 0)
+
+
+def test_everything_made_in_inference_mode_can_be_trained_with(tmp_path):
+    for cache_dir in (None, tmp_path, tmp_path):
+        with torch.inference_mode():
+            images = torch.rand(2, 3, 64, 64)
+            items = items_from_memory(images, ["a cat", "a dog"], torch.rand(2, 64, 64))
+            dataset = encode(items, toy_host(), resolution=64, style_phrase="ink", cache_dir=cache_dir)
+        batch = dataset.batch(0, 0, 0, 2)
+        weight = torch.ones((), requires_grad=True)
+        loss = (weight * batch.latents * batch.mask).sum() + (weight * batch.conditioning["context"]).sum()
+        loss.backward()
+        assert weight.grad.isfinite()
+        assert not any(tensor.is_inference() for tensor in dataset.null.values())
+
+
+def test_masks_follow_their_pictures():
+    image = torch.rand(3, 64, 128)
+    mask = torch.zeros(64, 128)
+    mask[:, 64:] = 1
+    (item,) = items_from_memory([image], "a cat", [mask])
+    (example,) = encode([item], toy_host(), resolution=64, style_phrase="ink").examples
+    height, width = example.latent.shape[1:]
+    assert example.mask.shape == (1, height, width) and width > height
+    assert example.mask[..., : width // 2 - 1].max() == 0
+    assert example.mask[..., width // 2 + 1 :].min() > 0.999
+
+
+def test_a_mask_that_is_cut_off_is_an_error():
+    mask = torch.zeros(20, 400)
+    mask[:, 0] = 1
+    items = items_from_memory([torch.rand(3, 20, 400)], "a cat", [mask])
+    with pytest.raises(ValueError, match="mask of picture 1 is black where"):
+        encode(items, toy_host(), resolution=64, style_phrase="ink")
+
+
+def test_progress_counts_every_piece():
+    seen = []
+    encode(
+        three_items(),
+        toy_host(),
+        resolution=64,
+        style_phrase="ink",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(count, 5) for count in range(1, 6)]
+
+
+def test_enlarged_and_cut_pictures_are_reported(caplog):
+    images = [torch.rand(3, 64, 64), torch.rand(3, 40, 40), torch.rand(3, 90, 900)]
+    with caplog.at_level(logging.WARNING):
+        encode(items_from_memory(images, "a cat"), toy_host(), resolution=64, style_phrase="ink")
+    enlarged, cut = [record.getMessage() for record in caplog.records]
+    assert "enlarged" in enlarged and "picture 2 (40x40 to 64x64)" in enlarged and "picture 1" not in enlarged
+    assert "cut off" in cut and "picture 3 (900x90 to 128x32)" in cut and "picture 2" not in cut
+
+
+def test_all_bad_pictures_are_named_before_anything_is_encoded(tmp_path):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a cat")
+    items = read_folder(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"broken")
+    (tmp_path / "c.png").unlink()
+    host = toy_host()
+    with pytest.raises(ValueError) as error:
+        encode(items, host, resolution=64, style_phrase="ink")
+    assert "a.png" in str(error.value) and "c.png" in str(error.value) and "b.png" not in str(error.value)
+    assert host.encode_images.calls == host.encode_prompts.calls == []
+
+
+def test_bad_captions_are_named_before_anything_is_encoded():
+    host = toy_host()
+    with pytest.raises(ValueError, match=r"'ink' is missing from 3 of 3 captions: picture 1 \('a cat'\)"):
+        encode(three_items(), host, resolution=64, style_phrase="ink", caption_mode="full")
+    with pytest.raises(ValueError, match="need a style phrase"):
+        encode(three_items(), host, resolution=64, style_phrase="")
+    assert host.encode_images.calls == host.encode_prompts.calls == []
+
+
+def test_nan_in_latents_names_the_picture_and_is_not_cached(tmp_path):
+    def overflow(images):
+        latents = average(images)
+        return latents / 0 if images.shape[2] == 48 else latents
+
+    host = toy_host(encode_images=overflow)
+    with pytest.raises(ValueError, match="latents of picture 3 contain NaN or infinity"):
+        encode(three_items(), host, resolution=64, style_phrase="ink", cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("latent-*"))) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nan_in_a_text_encoding_names_the_caption():
+    host = toy_host(
+        encode_prompts=lambda p: {"context": hash_words(p)["context"] * (float("nan") if "dog" in p[0] else 1)}
+    )
+    with pytest.raises(ValueError, match="'context' of 'a dog in ink style' contains NaN"):
+        encode(three_items(), host, resolution=64, style_phrase="ink")
+
+
+def test_what_a_host_refuses_is_told_with_the_caption():
+    def refuse(prompts):
+        if "dog" in prompts[0]:
+            raise ValueError("unknown words: dog")
+        return hash_words(prompts)
+
+    with pytest.raises(ValueError, match="'a dog in ink style' cannot be encoded: unknown words: dog"):
+        encode(three_items(), toy_host(encode_prompts=refuse), resolution=64, style_phrase="ink")
+
+
+def test_a_host_whose_latents_have_another_size_is_refused():
+    host = toy_host(encode_images=lambda images: F.avg_pool2d(images, 16))
+    with pytest.raises(ValueError, match=r"toy made latents of the shape \(1, 3, 4, 4\) of picture 1.*channels, 8, 8"):
+        encode(three_items(), host, resolution=64, style_phrase="ink")
+    host = toy_host(encode_prompts=lambda prompts: {"context": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"'context' of the shape \(2, 3\), expected \(1, …\)"):
+        encode(three_items(), host, resolution=64, style_phrase="ink")
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.1, float("nan")])
+def test_dropout_is_a_share(dropout):
+    with pytest.raises(ValueError, match="caption dropout"):
+        encode(three_items(), toy_host(), resolution=64, style_phrase="ink", caption_dropout=dropout)
+
+
+def test_no_items_and_no_room_are_errors():
+    with pytest.raises(ValueError, match="no pictures"):
+        encode([], toy_host(), resolution=64, style_phrase="ink")
+    with pytest.raises(ValueError, match="resolution 8"):
+        encode(three_items(), toy_host(), resolution=8, style_phrase="ink")

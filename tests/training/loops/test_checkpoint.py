@@ -1,0 +1,218 @@
+"""A run's folder: refusals before work, one writer, and a checkpoint that outlives a kill."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from stylewright.training.adapters.methods import AdapterConfig
+from stylewright.training.errors import IncompatibleCheckpoint, TrainingError
+from stylewright.training.formats.state import load_state
+from stylewright.training.loops import checkpoint
+from stylewright.training.loops.checkpoint import open_run, read_config
+
+
+def tensors_of(folder):
+    learner = load_state(folder / "checkpoint.safetensors")["learner"]
+    moments = [state[name] for state in learner["optimizer"]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    return [*learner["adapter"].values(), *moments, learner["losses"]]
+
+
+def test_a_run_leaves_what_it_says(run_to, make_config):
+    _, folder = run_to("run")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "events.jsonl", "checkpoint.safetensors", "adapter.safetensors", "run.lock"}
+    assert read_config(folder) == make_config()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a training run"):
+        read_config(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.02}, ["learning_rate was 0.01 and is 0.02"]),
+        ({"adapter": AdapterConfig(rank=1)}, ["adapter.rank was 2 and is 1"]),
+        ({"seed": 3, "batch_size": 4}, ["seed was 0 and is 3", "batch_size was 2 and is 4"]),
+        ({"ema_decay": 0.5}, ["ema_decay was 0.0 and is 0.5"]),
+    ],
+)
+def test_other_options_are_named(run_to, changes, words):
+    _, folder = run_to("run")
+    before = (folder / "checkpoint.safetensors").read_bytes(), (folder / "config.json").read_bytes()
+    with pytest.raises(IncompatibleCheckpoint) as error:
+        run_to("run", **changes)
+    assert all(word in str(error.value) for word in words), error.value
+    assert ((folder / "checkpoint.safetensors").read_bytes(), (folder / "config.json").read_bytes()) == before
+
+
+def test_what_does_not_change_the_run_may_change(run_to):
+    run_to("run", steps=4)
+    result, folder = run_to("run", steps=6, save_every=1, report_every=1, sample_every=2, sample_prompts=("a cat",))
+    assert result.steps_done == 6
+    assert read_config(folder).save_every == 1
+
+
+def test_a_schedule_that_ends_with_the_run_cannot_be_extended(run_to):
+    run_to("run", steps=4, scheduler="cosine")
+    with pytest.raises(IncompatibleCheckpoint, match="steps was 4 and is 8"):
+        run_to("run", steps=8, scheduler="cosine")
+
+
+def test_fewer_steps_than_were_done_are_refused(run_to):
+    run_to("run", steps=4)
+    with pytest.raises(IncompatibleCheckpoint, match=r"4 steps already, more than steps=3"):
+        run_to("run", steps=3)
+
+
+def test_other_data_and_another_model_are_named(run_to, make_dataset, denoiser):
+    run_to("run", steps=2)
+    with pytest.raises(IncompatibleCheckpoint, match=r"data\.pictures was 3 and is 2"):
+        run_to("run", data=make_dataset(2))
+    denoiser.process = "vp"
+    with pytest.raises(IncompatibleCheckpoint, match=r"model\.process was 'flow' and is 'vp'"):
+        run_to("run", on=denoiser)
+
+
+def test_a_model_with_other_layers_is_refused(run_to, denoiser):
+    run_to("run", steps=2)
+    denoiser.module.blocks.append(denoiser.module.blocks[0])
+    denoiser.module.blocks.append(type(denoiser.module.blocks[0])().requires_grad_(False))
+    with pytest.raises(IncompatibleCheckpoint, match="another model"):
+        run_to("run", on=denoiser)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 100])
+def test_a_damaged_checkpoint_is_named_and_left_alone(run_to, damage):
+    _, folder = run_to("run")
+    file = folder / "checkpoint.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    damaged = file.read_bytes()
+    with pytest.raises(IncompatibleCheckpoint, match=r"checkpoint\.safetensors cannot be read"):
+        run_to("run")
+    assert file.read_bytes() == damaged
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders and disks
+
+
+def test_only_one_may_write(run_to, tmp_path):
+    with open_run(tmp_path / "run"), pytest.raises(TrainingError, match="Another process is training in"):
+        run_to("run")
+    assert run_to("run")[0].steps_done == 8
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_known_before_work(run_to, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    with pytest.raises(ValueError, match="Cannot write into"):
+        run_to("run")
+
+
+def test_a_folder_that_is_a_file_is_known_before_work(run_to, tmp_path):
+    (tmp_path / "run").write_text("something else")
+    with pytest.raises(ValueError, match=r"Cannot write into .*run.*Choose another folder"):
+        run_to("run")
+    assert (tmp_path / "run").read_text() == "something else"
+
+
+def test_a_full_disk_is_known_before_work(run_to, monkeypatch, tmp_path):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 2**20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="has 1 MiB free and the checkpoints of this run need up to 16 MiB"):
+        run_to("run")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(run_to, monkeypatch, tmp_path):
+    straight, folder = run_to("straight")
+    save = checkpoint.save_state
+
+    def full_after_step_three(path, state):
+        if state["learner"]["step"] > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="No space left.*checkpoint is intact"):
+        patch.setattr(checkpoint, "save_state", full_after_step_three)
+        run_to("full")
+    assert load_state(tmp_path / "full" / "checkpoint.safetensors")["learner"]["step"] == 3
+    assert not list((tmp_path / "full").glob(".*.tmp"))
+    again, _ = run_to("full")
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(folder), tensors_of(tmp_path / "full"), strict=True))
+    assert again.losses == straight.losses
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# kill -9
+
+CHILD = """
+import importlib.util, sys
+from pathlib import Path
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+load("stylewright", Path(sys.argv[1]) / "__init__.py")
+toy = load("toy", sys.argv[2])
+from stylewright.training.loops.train import train
+train(toy.ToyDenoiser(), toy.toy_dataset(), toy.toy_config(steps=100_000, save_every=1), run_dir=Path(sys.argv[3]))
+"""
+
+
+def killed_after(repository: Path, folder: Path, seconds: float) -> int:
+    """Trains in another process, kills it so long after its first save, and returns the checkpoint's step."""
+    before = step_of(folder)
+    toy = Path(__file__).with_name("conftest.py")
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(repository), str(toy), str(folder)])
+    try:
+        deadline = time.monotonic() + 60
+        while step_of(folder) <= before:
+            assert child.poll() is None and time.monotonic() < deadline, "the child did not train"
+            time.sleep(0.005)
+        time.sleep(seconds)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    return step_of(folder)
+
+
+def step_of(folder: Path) -> int:
+    """Step of the checkpoint, which at any moment can be read; 0 where there is none."""
+    file = folder / "checkpoint.safetensors"
+    return load_state(file)["learner"]["step"] if file.exists() else 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_run_killed_twice_equals_a_straight_one(run_to, repository, tmp_path):
+    """Saving at every step, so that most moments are in the middle of a save."""
+    first = killed_after(repository, tmp_path / "killed", 0.0371)
+    second = killed_after(repository, tmp_path / "killed", 0.2113)
+    assert 0 < first < second
+    steps = second + 5
+    straight, folder = run_to("straight", steps=steps, save_every=0)
+    again, _ = run_to("killed", steps=steps)
+    assert torch.equal(torch.tensor(again.losses), torch.tensor(straight.losses))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(folder), tensors_of(tmp_path / "killed"), strict=True))
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    reported = [json.loads(line)["step"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
+    assert reported == sorted(set(reported))
+    assert reported[-1] == steps
