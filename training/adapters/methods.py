@@ -18,7 +18,7 @@ class AdapterConfig:
     ``rank``: inner dimension; for OFT the side of a rotated block, which divides a layer's inputs.
     ``alpha``: the adapter's output is scaled by alpha/rank (alpha/sqrt(rank) for rslora). None = rank. OFT has none.
     ``targets``: a preset of :mod:`.targets`, or patterns.
-    ``dropout``: of the adapter's input (the LoRA family) or of its layers and blocks (the others), in [0, 1).
+    ``dropout``: of the adapter's input (the LoRA family) or of whole layers of it (lokr, loha), in [0, 1). OFT has none.
     ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family.
     """
 
@@ -36,6 +36,8 @@ class AdapterConfig:
             raise ValueError(f"rank is {self.rank}: expected at least 1")
         if self.method == "oft" and self.alpha is not None:
             raise ValueError("alpha has no effect on oft, which rotates and does not scale: leave it out")
+        if self.method == "oft" and self.dropout:
+            raise ValueError("dropout has no effect on oft: leave it out")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha is {self.alpha}: expected more than 0, or None for the rank")
         if not 0 <= self.dropout < 1:
@@ -105,23 +107,20 @@ def _dora(config: AdapterConfig, targets: str) -> "PeftConfig":
 def _lokr(config: AdapterConfig, targets: str) -> "PeftConfig":
     from peft import LoKrConfig
 
-    return LoKrConfig(
-        r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout
-    )
+    return LoKrConfig(r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout)
 
 
 def _loha(config: AdapterConfig, targets: str) -> "PeftConfig":
     from peft import LoHaConfig
 
-    return LoHaConfig(
-        r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout
-    )
+    return LoHaConfig(r=config.rank, alpha=config.scale_alpha, target_modules=targets, module_dropout=config.dropout)
 
 
 def _oft(config: AdapterConfig, targets: str) -> "PeftConfig":
     from peft import OFTConfig
 
-    return OFTConfig(r=0, oft_block_size=config.rank, target_modules=targets, module_dropout=config.dropout)
+    # peft 0.21 takes a module_dropout here and never applies it.
+    return OFTConfig(r=0, oft_block_size=config.rank, target_modules=targets)
 
 
 METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {

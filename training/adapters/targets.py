@@ -21,18 +21,14 @@ _GENERIC = rf"\A(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION})(?:\.|\Z)))(?!.*\.
 _TO_QKV_OUT = r"to_(?:q|k|v|out\.0)"
 _UNET_ATTENTION = rf"transformer_blocks\.\d+\.attn[12]\.{_TO_QKV_OUT}"
 _PIXART_SELF = rf"transformer_blocks\.\d+\.attn1\.{_TO_QKV_OUT}|blocks\.\d+\.attn\.(?:qkv|proj)"
-_PIXART_CROSS = (
-    rf"transformer_blocks\.\d+\.attn2\.{_TO_QKV_OUT}|blocks\.\d+\.cross_attn\.(?:q_linear|kv_linear|proj)"
-)
+_PIXART_CROSS = rf"transformer_blocks\.\d+\.attn2\.{_TO_QKV_OUT}|blocks\.\d+\.cross_attn\.(?:q_linear|kv_linear|proj)"
 _FLUX_IMAGE = rf"transformer_blocks\.\d+\.attn\.{_TO_QKV_OUT}|double_blocks\.\d+\.img_attn\.(?:qkv|proj)"
 _FLUX_TEXT = r"transformer_blocks\.\d+\.attn\.add_[qkv]_proj|double_blocks\.\d+\.txt_attn\.qkv"
 _FLUX_TEXT_OUT = r"transformer_blocks\.\d+\.attn\.to_add_out|double_blocks\.\d+\.txt_attn\.proj"
 # The original layout fuses q, k, v and the MLP's first layer into linear1, the attention's and the MLP's last into
 # linear2.
 _FLUX_SINGLE_QKV = r"single_transformer_blocks\.\d+\.attn\.to_[qkv]|single_blocks\.\d+\.linear1"
-_FLUX_SINGLE_IN = (
-    r"single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp)|single_blocks\.\d+\.linear1"
-)
+_FLUX_SINGLE_IN = r"single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp)|single_blocks\.\d+\.linear1"
 _FLUX_SINGLE_OUT = r"single_transformer_blocks\.\d+\.proj_out|single_blocks\.\d+\.linear2"
 _SD3_IMAGE = rf"transformer_blocks\.\d+\.attn2?\.{_TO_QKV_OUT}|joint_blocks\.\d+\.x_block\.attn2?\.(?:qkv|proj)"
 _SD3_TEXT = (

@@ -11,7 +11,9 @@ from typing import Any
 import typer
 
 from ..errors import TrainingError
+from .demo import demo
 from .density import density
+from .embedded import app as embedded
 from .files import convert, inspect
 from .train import resume, train
 
@@ -42,8 +44,10 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (train, resume, density, inspect, convert):
+for each in (demo, train, resume, density, inspect, convert):
     _add(each)
+
+app.add_typer(embedded, name="embedded")
 
 
 @app.callback()

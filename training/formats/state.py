@@ -6,12 +6,13 @@ beside its final name and renamed, so that a reader sees the old one or the new 
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 VERSION = 1
@@ -23,11 +24,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows syncs nothing that is open for reading only
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: Path, expected: str) -> Iterator[safe_open]:
+    """A safetensors file, nothing of it read yet. ValueError for a truncated or foreign one says what was expected."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: expected {expected}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off, or no safetensors file ({error}): expected {expected}") from error
 
 
 def save_state(path: Path, state: Any, metadata: Mapping[str, str] | None = None) -> None:
@@ -40,14 +53,13 @@ def save_state(path: Path, state: Any, metadata: Mapping[str, str] | None = None
 
 def load_state(path: Path) -> Any:
     """The tree that :func:`save_state` wrote. ValueError for any other file."""
-    with safe_open(path, framework="pt") as file:
+    with opened(path, "a Stylewright checkpoint") as file:
         header = file.metadata() or {}
         version = header.get("stylewright.state_version")
+        if version is None:
+            raise ValueError(f"{path} is a safetensors file of something else: expected a Stylewright checkpoint")
         if version != str(VERSION):
-            raise ValueError(
-                f"{path} is not a Stylewright checkpoint that this version reads: "
-                f"its state version is {version}, expected {VERSION}"
-            )
+            raise ValueError(f"{path} is a Stylewright checkpoint of version {version}: expected version {VERSION}")
         return _unpack(json.loads(header["stylewright.state"]), file.get_tensor)
 
 

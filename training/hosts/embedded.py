@@ -20,7 +20,9 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
     weights = weights or Weights()
     for path in (weights.transformer, weights.autoencoder, weights.text_encoder):
         if not path.is_file():
-            raise ValueError(f"the embedded model is not complete: {path} is missing. `stylewright embedded` makes it")
+            raise ValueError(
+                f"the embedded model is not complete: {path} is missing. `stylewright embedded build` makes it"
+            )
     with reading(f"the weights in {weights.folder}"):
         transformer = load_transformer(weights.transformer).to(device, dtype)
         autoencoder = load_autoencoder(weights.autoencoder).to(device)
@@ -52,6 +54,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
         training_conditioning={},
         sampling_conditioning={},
         latent_channels=LATENT_CHANNELS,
+        reference_tokens=4096,  # the published laws are for 1024x1024 pictures
         guidance_scale=3.0,
     )
 

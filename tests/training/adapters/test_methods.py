@@ -12,15 +12,16 @@ from stylewright.training.adapters.methods import METHODS, AdapterConfig, check_
 INPUTS, OUTPUTS = 12, 20
 
 
-def adapted(method, rank=4, alpha=None, dtype=torch.float64):
+def adapted(method, rank=4, alpha=None, size=0.05):
     """(x, weight, output without bias, tensors) of one layer with a random adapter."""
+    dtype = torch.float64
     source = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=False)).to(dtype).requires_grad_(False)
     model[0].weight.copy_(torch.randn(OUTPUTS, INPUTS, generator=source))
     x = torch.randn(3, 5, INPUTS, generator=source, dtype=dtype)
     with attached(model, AdapterConfig(method, rank, alpha, ("0",)), family="other", seed=0, dtype=dtype) as adapter:
         state = {
-            name: torch.randn(tensor.shape, generator=source, dtype=dtype) * 0.05
+            name: torch.randn(tensor.shape, generator=source, dtype=dtype) * size
             for name, tensor in adapter.state_dict().items()
         }
         adapter.load_state_dict(state)
@@ -60,11 +61,11 @@ def test_lokr_adds_a_kronecker_product():
 
 def test_oft_rotates_blocks_of_inputs():
     """The columns of the weight are turned, so its Gram matrix over a block stays: to the series' accuracy."""
-    x, weight, output, _ = adapted("oft", rank=4)
+    x, weight, output, _ = adapted("oft", rank=4, size=0.02)
     turned = torch.linalg.lstsq(x.flatten(0, 1), output.flatten(0, 1)).solution.T
     for block in range(0, INPUTS, 4):
         before, after = weight[:, block : block + 4], turned[:, block : block + 4]
-        assert (before - after).norm() > 0.05 * before.norm()
+        assert (before - after).norm() > 0.01 * before.norm()
         torch.testing.assert_close(after @ after.T, before @ before.T, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +88,7 @@ def test_every_method_has_a_peft_configuration(method):
     assert config.peft_type.value.lower() == {"rslora": "lora", "dora": "lora"}.get(method, method)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"oft"}))
 def test_dropout_reaches_peft(method):
     config = peft_config(AdapterConfig(method, rank=4, dropout=0.25), ["a"])
     assert 0.25 in (vars(config).get("lora_dropout"), vars(config).get("module_dropout"))
@@ -100,6 +101,7 @@ def test_dropout_reaches_peft(method):
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"method": "oft", "alpha": 4.0}, "alpha has no effect on oft"),
+        ({"method": "oft", "dropout": 0.1}, "dropout has no effect on oft"),
         ({"dropout": 1.0}, r"dropout is 1.0: expected a share in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"init": "zeros"}, "'zeros': expected one of gaussian, uniform"),

@@ -451,7 +451,9 @@ def unet_file(folder: Path) -> dict[str, torch.Tensor]:
 
 def sd15_file(folder: Path) -> dict[str, torch.Tensor]:
     """A whole checkpoint: UNet, autoencoder and text encoder."""
-    text = renamed(read(folder, "text_encoder"), [(r"^(text_model\.)?", "text_model.")], "cond_stage_model.transformer.")
+    text = renamed(
+        read(folder, "text_encoder"), [(r"^(text_model\.)?", "text_model.")], "cond_stage_model.transformer."
+    )
     return unet_file(folder) | renamed(read(folder, "vae"), VAE, "first_stage_model.") | text
 
 

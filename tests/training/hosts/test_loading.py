@@ -164,7 +164,11 @@ def test_a_single_file_without_components(tiny_file):
 
 
 def test_components_of_another_family(tiny_folder, tiny_file):
-    refused("is a flux checkpoint, but --components .*sdxl is a sdxl model", tiny_file("flux"), components=tiny_folder("sdxl"))
+    refused(
+        "is a flux checkpoint, but --components .*sdxl is a sdxl model",
+        tiny_file("flux"),
+        components=tiny_folder("sdxl"),
+    )
     refused("leave --components out", tiny_folder("flux"), components=tiny_folder("flux"))
 
 
@@ -172,7 +176,9 @@ def test_parts_that_are_not_on_disk_are_all_named(copied, tiny_file):
     folder = copied("flux")
     remove_weights(folder, "text_encoder_2", "vae")
     shutil.rmtree(folder / "tokenizer")
-    lacks = r"lacks vae \(AutoencoderKL\) in .*tokenizer \(\w+\) in .*text_encoder_2 \(T5EncoderModel\) in .*text_encoder_2"
+    lacks = (
+        r"lacks vae \(AutoencoderKL\) in .*tokenizer \(\w+\) in .*text_encoder_2 \(T5EncoderModel\) in .*text_encoder_2"
+    )
     refused(lacks + r"\. .*nothing is downloaded", folder)
     refused(lacks + r"\. .*--components names the folder", tiny_file("flux"), components=folder)
     edit(folder / "model_index.json", scheduler=[None, None])

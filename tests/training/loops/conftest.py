@@ -41,7 +41,7 @@ class ToyNet(nn.Module):
         self.outer = nn.Linear(16, CHANNELS)
 
     def forward(self, x, time, context):
-        b, _, h, w = x.shape
+        h, w = x.shape[2:]
         constant = torch.cat([context, time[:, None]], 1)[:, :, None, None].expand(-1, -1, h, w)
         tokens = torch.cat([x, constant], 1).movedim(1, -1)
         tokens = self.inner(tokens)

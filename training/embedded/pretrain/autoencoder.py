@@ -16,7 +16,7 @@ from .stage import flatten_kernels, optimisers, run, trapezoid, unflatten_kernel
 logger = logging.getLogger(__name__)
 
 STEPS = 1000
-DECODER_STEPS = 1000
+DECODER_STEPS = 800
 BATCH = 8
 CROP = 64  # pixels
 LATENT_NOISE = 0.15  # largest deviation of the noise added before decoding: a smoother latent is easier to model

@@ -34,7 +34,7 @@ class LatentPool:
     work: Path
     autoencoder: "AutoencoderTiny"
     seed: int
-    shards: int = 8
+    shards: int = 6
     first: int = 1
     grow_every: int = 400  # steps
 

@@ -1,0 +1,155 @@
+"""A training run inside ComfyUI: three sockets and a dataset in, an adapter in models/loras out."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...training.data.cache import digest
+from ...training.data.captions import styled
+from ...training.data.dataset import Dataset
+from ...training.data.encoding import encode
+from ...training.data.items import Item
+from ...training.formats.state import write_atomically
+from ...training.hosts.generate import generate
+from ...training.hosts.host import Host
+from ...training.loops.checkpoint import FREE, RunDirectory
+from ...training.loops.config import TrainConfig, config_to_table
+from ...training.loops.train import TrainResult, train
+from .adapters import AdapterTensors, read_tensors
+from .families import latents_per_token, model_name
+from .files import free_adapter_path, run_folder
+from .host import comfy_host
+from .previews import TrainingProgress, decoder_for_previews
+from .session import training_session
+
+logger = logging.getLogger(__name__)
+
+# A backward pass with checkpointing keeps a few times what sampling needs. ComfyUI makes that much room.
+MEMORY_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """The user's model, loaded by whatever nodes."""
+
+    model: comfy.model_patcher.ModelPatcher
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a node asks for."""
+
+    items: Sequence[Item]
+    caption_mode: str
+    config: TrainConfig
+    file_name: str  # pattern under models/loras
+    sample_steps: int
+    sample_cfg: float
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    tensors: AdapterTensors
+    losses: list[float]  # mean of each optimizer step
+    path: Path
+
+
+def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> TrainedAdapter:
+    """Trains, and saves the adapter under a free name. The model is afterwards what it was.
+
+    An interrupt, or whatever else stops the run, leaves the adapter of the last complete step beside the others, and
+    is raised again. The same job, asked for once more, continues where it stopped.
+    """
+    config, model = job.config, sockets.model
+    path = free_adapter_path(job.file_name)
+    host = comfy_host(model, sockets.clip, sockets.vae, resolution=config.resolution)
+    progress = TrainingProgress(config.steps, node_id)
+    dataset = encode(
+        job.items,
+        host,
+        resolution=config.resolution,
+        style_phrase=config.style_phrase,
+        caption_mode=job.caption_mode,
+        caption_dropout=config.caption_dropout,
+        progress=progress.encoded,
+    )
+    latent = dataset.examples[0].latent
+    memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
+    with training_session(model, memory_required=memory):
+        run = RunDirectory(run_folder(f"{path.stem.rstrip('_0123456789')}-{fingerprint(model, dataset, config)}"))
+        try:
+            result = _train(sockets, job, host, dataset, run.path, progress)
+        except BaseException:
+            _keep_partial(run, path)
+            raise
+    _move(run.adapter, path)
+    run.checkpoint.unlink(missing_ok=True)  # several times the adapter's size, and of no more use
+    logger.info("trained %d steps, saved %s", result.steps_done, path)
+    return TrainedAdapter(read_tensors(path), result.losses, path)
+
+
+def _train(
+    sockets: Sockets, job: Job, host: Host, dataset: Dataset, run_dir: Path, progress: TrainingProgress
+) -> TrainResult:
+    sampling_host = replace(host, decode_latents=decoder_for_previews(sockets.model, sockets.vae, host))
+    prompts = [styled(prompt, job.config.style_phrase) for prompt in job.config.sample_prompts]
+
+    def sample(step: int) -> Tensor:
+        return generate(
+            sampling_host, prompts, seed=job.config.seed, steps=job.sample_steps, guidance_scale=job.sample_cfg
+        )
+
+    return train(
+        host.denoiser,
+        dataset,
+        job.config,
+        run_dir=run_dir,
+        report=progress.report,
+        sample=sample if prompts else None,
+        device=host.device,
+        latents_per_token=latents_per_token(sockets.model) ** 2,
+        conditioning=host.training_conditioning,
+        base_model=model_name(sockets.model),
+    )
+
+
+def fingerprint(model: comfy.model_patcher.ModelPatcher, dataset: Dataset, config: TrainConfig) -> str:
+    """Names the run of these settings on this data and these weights, patches included: 12 hexadecimal digits."""
+    options = {name: value for name, value in config_to_table(config).items() if name not in FREE}
+    return digest(dataset.fingerprint(), repr(sorted(options.items())), config.steps, _sample_of(model.model))[:12]
+
+
+def _sample_of(module: nn.Module) -> Tensor:
+    """A few numbers of every weight, which tell one model from another of the same shape."""
+    pieces = [
+        parameter.detach().flatten()[:: max(1, parameter.numel() // 4)][:4].float().cpu()
+        for parameter in module.parameters()
+    ]
+    return torch.cat(pieces)
+
+
+def _keep_partial(run: RunDirectory, path: Path) -> None:
+    """The adapter of a run that was stopped, under a name that says so."""
+    if run.adapter.exists():
+        partial = path.with_name(f"{path.stem}partial{path.suffix}")
+        _copy(run.adapter, partial)
+        logger.warning("the run was stopped; its adapter so far is %s, and the same run will continue", partial)
+
+
+def _move(source: Path, target: Path) -> None:
+    _copy(source, target)
+    source.unlink()
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))

@@ -1,0 +1,238 @@
+"""Adapter files: saving what was trained, loading it to go on, converting between styles, saying what is inside."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .contents import AdapterFile, read_adapter, read_layers
+from .keys import FAMILIES, LAYOUTS, TEXT_ENCODER, UNET_LAYERS, layout_of
+from .layers import Layer, folded
+from .layouts import at_one_rank, to_diffusers, to_native
+from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata, read_metadata
+from .spelling import style_of, write_layer
+from .state import write_atomically
+from .styles import MERGED, Weights, best_style, has_dora, renormed, styled
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter as peft makes it: one method, rank and alpha for all layers, whatever the file had."""
+
+    state: dict[str, Tensor]  # peft's names, ``<layer>.lora_A.weight``
+    names: tuple[str, ...]  # of the layers
+    layout: str  # of these names: "diffusers" or "native"
+    family: str
+    method: str
+    rank: int
+    alpha: float | None  # None for OFT, which has none
+    about: AdapterMetadata | None  # None = another tool's file
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What is in a file."""
+
+    path: str
+    format_version: int | None  # None = another tool's file
+    family: str | None  # None = not recognised
+    style: str | None
+    layout: str | None  # None = mixed, or not recognised
+    method: str
+    ranks: tuple[int, ...]  # all that occur; of OFT the sides of the blocks
+    alphas: tuple[float, ...]
+    modules: int
+    text_encoder_modules: int
+    tensors: int
+    parameters: int
+    dtypes: tuple[str, ...]
+    style_phrase: str
+    trigger: str
+    unknown: tuple[str, ...]  # tensors that belong to no layer we understand
+    metadata: Mapping[str, str]
+
+
+def save_adapter(
+    path: Path,
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    style: str | None = None,  # None = the one that most tools read
+    *,
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,  # None = as trained
+) -> None:
+    """Writes a trained adapter.
+
+    ``state``: peft's names, on diffusers or native layers. ``metadata``: from :func:`.metadata.build_metadata`.
+    ``weights`` gives the base model's weight of a layer. Without it, OFT can only be kept in peft's style, and DoRA
+    with magnitudes that ComfyUI's own loader applies with a slight error.
+    """
+    path = Path(path)
+    about = read_metadata(metadata, f"the adapter for {path}")
+    if about is None:
+        raise ValueError(f"the metadata for {path} name no family, method and rank: make them with build_metadata")
+    layers, unknown = read_layers(state, about)
+    if unknown or not layers:
+        shown = ", ".join(unknown[:3]) or "nothing"
+        raise ValueError(f"the adapter for {path} has tensors that no adapter method has: {shown}")
+    layers = {name: Layer(layer.method, layer.tensors, about.scale) for name, layer in layers.items()}
+    style = style or best_style(about.family, layers, weights_known=weights is not None)
+    if weights is None and style == "comfyui" and has_dora(layers):
+        logger.warning("%s: without the base model's weights ComfyUI applies this DoRA with a slight error", path)
+    written = styled(layers, style, about.family, weights=weights, unet_layers=about.unet_layers)
+    header = {**metadata, STYLE_KEY: style, LAYERS_KEY: json.dumps(list(layers))}
+    if about.family in FAMILIES:
+        header[LAYOUT_KEY] = layout_of(about.family, layers, about.unet_layers)
+    _write(path, written.tensors, header | ({NORM_KEY: written.norm} if written.norm else {}), dtype)
+
+
+def load_adapter(
+    path: Path,
+    layout: str | None = None,  # None = as it was trained, or as the file has it
+    *,
+    family: str | None = None,  # None = as the file says or tells
+    weights: Weights | None = None,  # needed for a DoRA written for ComfyUI
+) -> LoadedAdapter:
+    """Reads an adapter of any style for training it further or drawing with it.
+
+    Parts for text encoders are left out, with a warning. ValueError names a file that is no adapter, or that cannot
+    be had in this layout.
+    """
+    file = read_adapter(path)
+    _refuse_unknown(file)
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    family = family or file.family or ""
+    layers = {name: layer for name, layer in file.layers.items() if not name.startswith(TEXT_ENCODER)}
+    if left_out := len(file.layers) - len(layers):
+        logger.warning("%s: left out %d layers of text encoders", path, left_out)
+    layout = layout or file.header.get(LAYOUT_KEY)
+    if layout and family in FAMILIES:
+        layers = _in_layout(file, layers, family, layout)
+    elif layout and layout != file.header.get(LAYOUT_KEY):
+        raise ValueError(f"{path}: its layers cannot be renamed, because its family is not recognised: give the family")
+    layers = renormed(layers, file.header.get(NORM_KEY, MERGED), MERGED, weights)
+    if family in FAMILIES:
+        layout = layout_of(family, layers, _unet_layers(file))
+    return _as_peft(file.about, layers, family, layout or "native")
+
+
+def convert_adapter(
+    source: Path,
+    target: Path,
+    style: str,
+    *,
+    family: str | None = None,  # None = as the file says or tells
+    weights: Weights | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes an adapter's file in another style, with the same effect and metadata. ValueError where that cannot be."""
+    file = read_adapter(source)
+    _refuse_unknown(file)
+    family = family or file.family
+    if family not in FAMILIES and style != style_of(file.tensors):
+        raise ValueError(
+            f"{source}: its family is not recognised: give one of {', '.join(FAMILIES)}"
+            if family is None
+            else f"{source}: the names of {family!r} models are known in one style only, so it cannot be converted"
+        )
+    norm = file.header.get(NORM_KEY, MERGED)
+    layers = file.layers
+    if file.about and family in FAMILIES and LAYOUT_KEY in file.header:
+        layers = _in_layout(file, layers, family, file.header[LAYOUT_KEY])  # as trained: what ``weights`` speaks of
+    written = styled(layers, style, family or "", norm=norm, weights=weights, unet_layers=_unet_layers(file))
+    header = {**file.header, STYLE_KEY: style} if file.about else dict(file.header)
+    _write(Path(target), written.tensors, header | ({NORM_KEY: written.norm} if written.norm else {}), dtype)
+
+
+def inspect_adapter(path: Path) -> AdapterReport:
+    """What is in an adapter's file, of any style and tool."""
+    file = read_adapter(path)
+    layers, about = file.layers, file.about
+    method = Counter(layer.method for layer in layers.values()).most_common(1)[0][0]
+    ranked = [layer for layer in layers.values() if layer.rank is not None]
+    return AdapterReport(
+        path=str(path),
+        format_version=int(file.header["stylewright.format_version"]) if about else None,
+        family=file.family,
+        style=file.header.get(STYLE_KEY) or style_of(file.tensors),
+        layout=_layout(file),
+        method=about.method if about else "dora" if has_dora(layers) else method,
+        ranks=tuple(sorted({layer.rank or 0 for layer in ranked})),
+        alphas=tuple(sorted({round(layer.scale * (layer.rank or 0), 6) for layer in ranked if layer.method != "oft"})),
+        modules=len(layers),
+        text_encoder_modules=sum(name.startswith(TEXT_ENCODER) for name in layers),
+        tensors=len(file.tensors),
+        parameters=sum(tensor.numel() for tensor in file.tensors.values()),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})),
+        style_phrase=about.style_phrase if about else "",
+        trigger=about.trigger if about else file.header.get("modelspec.trigger_phrase", ""),
+        unknown=file.unknown,
+        metadata=file.header,
+    )
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """Alphas stay float32: they are no weights."""
+    kept = {
+        key: value.detach().to("cpu", None if key.endswith(".alpha") else dtype, copy=True).contiguous()
+        for key, value in tensors.items()
+    }
+    write_atomically(path, lambda temporary: save_file(kept, temporary, dict(header)))
+
+
+def _in_layout(file: AdapterFile, layers: Mapping[str, Layer], family: str, layout: str) -> dict[str, Layer]:
+    if layout == "native":
+        return to_native(layers, family, _unet_layers(file))
+    trained = json.loads(file.header.get(LAYERS_KEY, "[]"))
+    return to_diffusers(layers, family, _unet_layers(file), trained)
+
+
+def _unet_layers(file: AdapterFile) -> int:
+    return file.about.unet_layers if file.about else UNET_LAYERS
+
+
+def _layout(file: AdapterFile) -> str | None:
+    names = [name for name in file.layers if not name.startswith(TEXT_ENCODER)]
+    try:
+        return layout_of(file.family or "", names, _unet_layers(file))
+    except ValueError:
+        return None
+
+
+def _refuse_unknown(file: AdapterFile) -> None:
+    if file.unknown:
+        shown = ", ".join(file.unknown[:5])
+        raise ValueError(f"{file.path} has {len(file.unknown)} tensors that we do not understand, for example {shown}")
+
+
+def _as_peft(about: AdapterMetadata | None, layers: Mapping[str, Layer], family: str, layout: str) -> LoadedAdapter:
+    """Layers as peft makes them: at one rank and one scale."""
+    methods = {"dora" if "magnitude" in layer.tensors else layer.method for layer in layers.values()}
+    if len(methods) != 1:
+        raise ValueError(f"the adapter mixes the methods {', '.join(sorted(methods))}: expected one")
+    method, layers = methods.pop(), at_one_rank(layers)
+    scales = {layer.scale for layer in layers.values()}
+    rank = max((layer.rank or 1 for layer in layers.values()), default=1)
+    if about and method == "lokr":
+        rank = about.rank  # it says which factors are products, and may appear in none
+    scale = about.scale if about else scales.pop() if len(scales) == 1 else 1.0
+    if about and rank == about.rank:
+        method, alpha = about.method, about.alpha if about.alpha is not None else float(rank)
+    else:
+        alpha = scale * rank
+    state = {}
+    for name, layer in layers.items():
+        for end, value in write_layer("peft", folded(layer, scale)).items():
+            state[f"{name}.{end}"] = value.contiguous()
+    return LoadedAdapter(
+        state, tuple(layers), layout, family, method, rank, None if method == "oft" else float(alpha), about
+    )
