@@ -42,7 +42,8 @@ from stylewright.training.randomness import generator  # noqa: E402
 
 FREE_WORD = "<v0>"
 LAWS = {f"mu {mu:g}": DensityConfig("style-friendly", mu=mu, sigma=2.0) for mu in (0, -1, -2, -3, -4, -6, -8)}
-LAWS |= {"sd3": DensityConfig("sd3"), "sd3 replicate": DensityConfig("sd3")}
+SD3 = DensityConfig("sd3", reference_tokens=4096)  # carried to 64 tokens, as the paper's law would be: N(1.96, 2^2)
+LAWS |= {"sd3": SD3, "sd3 replicate": SD3}
 STEPS = (20, 40, 80)
 RECIPE = TrainConfig(
     steps=max(STEPS),

@@ -11,7 +11,7 @@ DATASET = io.Custom("STYLE_DATASET")
 DENSITY = io.Custom("STYLE_DENSITY")
 # ComfyUI's own types, so that its LoraModelLoader, SaveLoRA and LossGraphNode work with ours.
 LORA = io.Custom("LORA_MODEL")
-LOSSES = io.Custom("LOSS_MAP")
+LOSS_MAP = io.Custom("LOSS_MAP")
 
 
 @dataclass(frozen=True)

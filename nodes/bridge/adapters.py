@@ -1,6 +1,6 @@
 """Adapters on a MODEL: what a file holds, where it fits, and what of it found no place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,26 +10,29 @@ import comfy.model_patcher
 import comfy.sd
 from torch import Tensor
 
-from ...training.formats.contents import read_adapter, read_layers
-from ...training.formats.keys import TEXT_ENCODER, detect_family
-from ...training.formats.metadata import AdapterMetadata, stated_family
+from ...training.formats.contents import AdapterFile, read_adapter, read_layers
+from ...training.formats.keys import FAMILIES, TEXT_ENCODER, UNET_LAYERS
+from ...training.formats.metadata import NORM_KEY
+from ...training.formats.spelling import read_key
+from ...training.formats.styles import MERGED, styled
 from .families import OTHER, family_of, model_name
 
 
 class AdapterTensors(dict):
-    """LORA_MODEL: tensors by name, as ComfyUI's own nodes take them, with what the file says of itself."""
+    """LORA_MODEL: tensors by key, as ComfyUI's own nodes take them, with what their file says of them."""
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], about: AdapterMetadata | None, family: str | None, name: str
-    ) -> None:
-        super().__init__(tensors)
-        self.about = about
-        self.family = family  # None = it does not tell
-        self.name = name  # for messages
+    def __init__(self, file: AdapterFile) -> None:
+        super().__init__(file.tensors)
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.file.path.name
 
     @property
     def style_phrase(self) -> str:
-        return self.about.style_phrase if self.about else ""
+        return self.file.about.style_phrase if self.file.about else ""
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,15 @@ class Applied:
 
 def read_tensors(path: Path) -> AdapterTensors:
     """An adapter's file. ValueError names one that is truncated, foreign, or of a newer version."""
-    file = read_adapter(path)
-    return AdapterTensors(file.tensors, file.about, file.family, path.name)
+    return AdapterTensors(read_adapter(path))
 
 
 def with_origin(lora: Mapping[str, Tensor]) -> AdapterTensors:
     """What a link carries: our own trainer's, or the plain dict of ComfyUI's."""
     if isinstance(lora, AdapterTensors):
         return lora
-    layers, _ = read_layers(dict(lora))
-    return AdapterTensors(lora, None, stated_family({}) or detect_family(layers), "the linked adapter")
+    layers, unknown = read_layers(lora)
+    return AdapterTensors(AdapterFile(Path("the linked adapter"), {}, None, layers, tuple(unknown), lora))
 
 
 def apply_adapter(
@@ -69,23 +71,39 @@ def apply_adapter(
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
-    tensors = ReadingRecord(comfy.lora_convert.convert_lora(dict(lora)))
-    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    fitted = fit(lora, names, with_text=clip is not None)
+    if fitted.homeless and lora.file.family in FAMILIES:
+        # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
+        fitted = min(fitted, fit(respelled(lora, model), names, with_text=clip is not None), key=_homeless)
     model = model.clone()
-    placed = set(model.add_patches(patches, strength_model))
+    placed = set(model.add_patches(fitted.patches, strength_model))
     if clip is not None:
         clip = clip.clone()
-        placed |= set(clip.add_patches(patches, strength_clip))
-    homeless = tuple(key for key in tensors if key not in tensors.read and not (clip is None and _is_text(key)))
+        placed |= set(clip.add_patches(fitted.patches, strength_clip))
     if not placed:
-        raise ValueError(
-            f"nothing of {lora.name} fits {model_name(model)}: its tensors are {', '.join(list(lora)[:3])}, …"
-        )
-    return Applied(model, clip, len(placed), homeless)
+        shown = ", ".join(list(lora)[:3])
+        raise ValueError(f"nothing of {lora.name} fits {model_name(model)}: its tensors are {shown}, …")
+    return Applied(model, clip, len(placed), fitted.homeless)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Patches for ``add_patches``, and the tensors that are in none."""
+
+    patches: dict
+    homeless: tuple[str, ...]
+
+
+def fit(tensors: Mapping[str, Tensor], names: Mapping[str, object], *, with_text: bool) -> Fitted:
+    """Tensors by ComfyUI's own rules. ``names``: its map of the spellings of every layer."""
+    record = ReadingRecord(comfy.lora_convert.convert_lora(dict(tensors)))
+    patches = comfy.lora.load_lora(record, names, log_missing=False)
+    left = [key for key in record if key not in record.read and (with_text or not _is_text(key))]
+    return Fitted(patches, tuple(left))
 
 
 class ReadingRecord(dict):
-    """Remembers which entries were taken out. ComfyUI looks for the names that a model has and reads what it finds."""
+    """Remembers which entries were taken out: ComfyUI looks for the names that a model has, and reads what it finds."""
 
     def __init__(self, entries: Mapping[str, Tensor]) -> None:
         super().__init__(entries)
@@ -96,16 +114,42 @@ class ReadingRecord(dict):
         return super().__getitem__(key)
 
 
+def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:
+    """The same adapter under the names that ComfyUI knows for every family, its own."""
+    file = lora.file
+    return styled(
+        file.layers,
+        "comfyui",
+        file.family or "",
+        norm=file.header.get(NORM_KEY, MERGED),
+        weights=weights_of(model),
+        unet_layers=file.about.unet_layers if file.about else UNET_LAYERS,
+    ).tensors
+
+
+def weights_of(model: comfy.model_patcher.ModelPatcher) -> Callable[[str], Tensor]:
+    """The weight of a layer by its name, in float32 on the CPU. What is loaded counts, patches included."""
+
+    def weight(name: str) -> Tensor:
+        return model.model.diffusion_model.get_submodule(name).weight.detach().float().cpu()
+
+    return weight
+
+
+def _homeless(fitted: Fitted) -> int:
+    return len(fitted.homeless)
+
+
 def _is_text(key: str) -> bool:
     """Whether a tensor belongs to a text encoder."""
-    layers, unknown = read_layers({key: _NOTHING})
-    return any(name.startswith(TEXT_ENCODER) for name in layers) and not unknown
+    spelled = read_key(key)
+    return spelled is not None and spelled[0].startswith(TEXT_ENCODER)
 
 
 def _refuse_foreign(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> None:
-    family = family_of(model)
-    if family != OTHER and lora.family not in (None, OTHER, family):
+    family, theirs = family_of(model), lora.file.family
+    if theirs not in (None, OTHER, family) and not (family == OTHER and theirs not in FAMILIES):
         raise ValueError(
-            f"{lora.name} is an adapter for the family {lora.family!r}, and this model is a {model_name(model)} "
-            f"of the family {family!r}: choose an adapter that was trained on such a model"
+            f"{lora.name} is an adapter for the family {theirs!r}, and this model is a {model_name(model)} of the "
+            f"family {family!r}: choose an adapter that was trained on such a model"
         )

@@ -1,5 +1,7 @@
 """What a node shows while it works: a progress bar with pictures, and a line of text on itself."""
 
+from collections.abc import Callable
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -59,7 +61,7 @@ def show_text(node_id: str | None, text: str) -> None:
 
 def decoder_for_previews(
     model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, host: Host
-) -> "type[Host.decode_latents] | object":
+) -> Callable[[Tensor], Tensor]:
     """Latents to pictures without pushing the model that is being trained out of the device's memory.
 
     By the VAE where there is room for it beside the model, else by ComfyUI's linear approximation.

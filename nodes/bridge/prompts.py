@@ -43,6 +43,8 @@ def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
             "connect a CLIP without scheduled hooks"
         )
     ((cross_attention, rest),) = answers
+    if not cross_attention.isfinite().all():
+        raise ValueError(f"the text encoding of {prompt!r} contains NaN or infinity: run the text encoder in float32")
     return {key: _outside_inference(value) for key, value in {**rest, "cross_attn": cross_attention}.items()}
 
 

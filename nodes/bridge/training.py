@@ -17,14 +17,17 @@ from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
+from ...training.formats.adapters import convert_adapter
+from ...training.formats.contents import read_adapter
+from ...training.formats.keys import FAMILIES
 from ...training.formats.state import write_atomically
 from ...training.hosts.generate import generate
 from ...training.hosts.host import Host
 from ...training.loops.checkpoint import FREE, RunDirectory
 from ...training.loops.config import TrainConfig, config_to_table
 from ...training.loops.train import TrainResult, train
-from .adapters import AdapterTensors, read_tensors
-from .families import latents_per_token, model_name
+from .adapters import AdapterTensors, read_tensors, weights_of
+from .families import family_of, latents_per_token, model_name
 from .files import free_adapter_path, run_folder
 from .host import comfy_host
 from .previews import TrainingProgress, decoder_for_previews
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # A backward pass with checkpointing keeps a few times what sampling needs. ComfyUI makes that much room.
 MEMORY_FACTOR = 4
+# What ComfyUI computes from such an adapter depends on the weights below it.
+BY_WEIGHTS = ("dora", "oft")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     is raised again. The same job, asked for once more, continues where it stopped.
     """
     config, model = job.config, sockets.model
+    if config.adapter.method == "oft" and family_of(model) not in FAMILIES:
+        raise ValueError(f"ComfyUI has no form of oft for a {model_name(model)}: choose lora, lokr or loha")
     path = free_adapter_path(job.file_name)
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=config.resolution)
     progress = TrainingProgress(config.steps, node_id)
@@ -83,17 +90,21 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
         caption_dropout=config.caption_dropout,
         progress=progress.encoded,
     )
+    prompts = [styled(prompt, config.style_phrase) for prompt in config.sample_prompts]
+    host.encode_prompts(prompts)  # now: loading the text encoder later could push the model out of memory
     latent = dataset.examples[0].latent
     memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
+    decode = decoder_for_previews(model, sockets.vae, host)
     with training_session(model, memory_required=memory):
         run = RunDirectory(run_folder(f"{path.stem.rstrip('_0123456789')}-{fingerprint(model, dataset, config)}"))
         try:
-            result = _train(sockets, job, host, dataset, run.path, progress)
+            result = _train(sockets, job, replace(host, decode_latents=decode), dataset, run.path, progress)
         except BaseException:
-            _keep_partial(run, path)
+            _publish_partial(run, path, model)
             raise
-    _move(run.adapter, path)
-    run.checkpoint.unlink(missing_ok=True)  # several times the adapter's size, and of no more use
+        publish(run.adapter, path, model, config.adapter.method)
+    for file in (run.adapter, run.checkpoint):  # several times the adapter's size, and of no more use
+        file.unlink(missing_ok=True)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
     return TrainedAdapter(read_tensors(path), result.losses, path)
 
@@ -101,18 +112,16 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
 def _train(
     sockets: Sockets, job: Job, host: Host, dataset: Dataset, run_dir: Path, progress: TrainingProgress
 ) -> TrainResult:
-    sampling_host = replace(host, decode_latents=decoder_for_previews(sockets.model, sockets.vae, host))
-    prompts = [styled(prompt, job.config.style_phrase) for prompt in job.config.sample_prompts]
+    config = job.config
+    prompts = [styled(prompt, config.style_phrase) for prompt in config.sample_prompts]
 
     def sample(step: int) -> Tensor:
-        return generate(
-            sampling_host, prompts, seed=job.config.seed, steps=job.sample_steps, guidance_scale=job.sample_cfg
-        )
+        return generate(host, prompts, seed=config.seed, steps=job.sample_steps, guidance_scale=job.sample_cfg)
 
     return train(
         host.denoiser,
         dataset,
-        job.config,
+        config,
         run_dir=run_dir,
         report=progress.report,
         sample=sample if prompts else None,
@@ -121,6 +130,24 @@ def _train(
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
     )
+
+
+def publish(source: Path, target: Path, model: comfy.model_patcher.ModelPatcher, method: str) -> None:
+    """A run's adapter as a file that ComfyUI applies exactly. To be called while the model is loaded."""
+    if method in BY_WEIGHTS:
+        convert_adapter(source, target, "comfyui", weights=weights_of(model))
+    else:
+        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _publish_partial(run: RunDirectory, path: Path, model: comfy.model_patcher.ModelPatcher) -> None:
+    """The adapter of a run that stopped, under a name that says so."""
+    about = read_adapter(run.adapter).about if run.adapter.exists() else None
+    if about is None or not about.steps:
+        return
+    partial = path.with_name(f"{path.stem}partial{path.suffix}")
+    publish(run.adapter, partial, model, about.method)
+    logger.warning("stopped at step %d; the adapter so far is %s, and the same run will continue", about.steps, partial)
 
 
 def fingerprint(model: comfy.model_patcher.ModelPatcher, dataset: Dataset, config: TrainConfig) -> str:
@@ -136,20 +163,3 @@ def _sample_of(module: nn.Module) -> Tensor:
         for parameter in module.parameters()
     ]
     return torch.cat(pieces)
-
-
-def _keep_partial(run: RunDirectory, path: Path) -> None:
-    """The adapter of a run that was stopped, under a name that says so."""
-    if run.adapter.exists():
-        partial = path.with_name(f"{path.stem}partial{path.suffix}")
-        _copy(run.adapter, partial)
-        logger.warning("the run was stopped; its adapter so far is %s, and the same run will continue", partial)
-
-
-def _move(source: Path, target: Path) -> None:
-    _copy(source, target)
-    source.unlink()
-
-
-def _copy(source: Path, target: Path) -> None:
-    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))

@@ -1,4 +1,6 @@
-"""Tiny random models of every family, made by ComfyUI's own classes."""
+"""Tiny random models of every family, made by ComfyUI's own classes, and an embedded model of random weights."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +121,31 @@ def tiny_clip():
 @pytest.fixture
 def latent_channels():
     return {family: row[2] for family, row in TINY.items()}
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> Path:
+    """Files like the shipped ones, of random weights."""
+    from safetensors.torch import save_file
+    from stylewright.training.embedded.autoencoder import new_autoencoder, save_autoencoder
+    from stylewright.training.embedded.text import TextEncoder
+    from stylewright.training.embedded.transformer import new_transformer, save_transformer
+
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        transformer, autoencoder, encoder = new_transformer(), new_autoencoder(), TextEncoder()
+    save_transformer(folder / "transformer.safetensors", transformer)
+    save_autoencoder(folder / "autoencoder.safetensors", autoencoder)
+    save_file(encoder.state_dict(), folder / "text_encoder.safetensors")
+    return folder
+
+
+@pytest.fixture
+def embedded(random_weights):
+    """MODEL, CLIP and VAE of the random weights, loaded as a node loads them."""
+    from stylewright.nodes.bridge.embedded import load_embedded
+    from stylewright.training.embedded.weights import Weights
+
+    with torch.inference_mode():
+        return load_embedded(Weights(random_weights))

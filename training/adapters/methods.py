@@ -18,7 +18,7 @@ class AdapterConfig:
     ``rank``: inner dimension; for OFT the side of a rotated block, which divides a layer's inputs.
     ``alpha``: the adapter's output is scaled by alpha/rank (alpha/sqrt(rank) for rslora). None = rank. OFT has none.
     ``targets``: a preset of :mod:`.targets`, or patterns.
-    ``dropout``: of the adapter's input (the LoRA family) or of whole layers of it (lokr, loha), in [0, 1). OFT has none.
+    ``dropout``: of the adapter's input (the LoRA family) or of whole layers (lokr, loha), in [0, 1). OFT has none.
     ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family.
     """
 

@@ -15,6 +15,7 @@ from .demo import demo
 from .density import density
 from .embedded import app as embedded
 from .files import convert, inspect
+from .generate import generate
 from .train import resume, train
 
 DEBUG = "--debug"
@@ -44,7 +45,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, density, inspect, convert):
+for each in (demo, train, resume, generate, density, inspect, convert):
     _add(each)
 
 app.add_typer(embedded, name="embedded")

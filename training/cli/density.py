@@ -69,9 +69,9 @@ def law_of(config: Any, family: str | None, tokens: int) -> Any:
 
     from ..densities import build_density
 
-    if family is None:
-        return build_density(config, (-math.inf, math.inf), tokens).density
-    return build_density(config, range_of(family), tokens)
+    whole = (-math.inf, math.inf)
+    law: Any = build_density(config, whole if family is None else range_of(family), tokens)
+    return law.density if family is None else law
 
 
 def range_of(family: str) -> tuple[float, float]:

@@ -36,7 +36,7 @@ class Flag:
     def parsed_as(self) -> Any:
         """The type that typer is asked for: a list where the field may be a tuple."""
         tuples = [kind for kind in self.kinds if get_origin(kind) is tuple]
-        return list[get_args(tuples[0])[0]] if tuples else self.kinds[0]
+        return types.GenericAlias(list, get_args(tuples[0])[:1]) if tuples else self.kinds[0]
 
     @property
     def parameter(self) -> str:
@@ -55,7 +55,7 @@ class Flag:
         return parsed
 
 
-def flags_of(kind: type, helps: Mapping[str, str], panel: str, path: tuple[str, ...] = ()) -> Iterator[Flag]:
+def flags_of(kind: Any, helps: Mapping[str, str], panel: str, path: tuple[str, ...] = ()) -> Iterator[Flag]:
     """The flags of a dataclass and of those in it; ``helps`` has a line for each dotted name, with its default."""
     for field in dataclasses.fields(kind):
         hint = get_type_hints(kind)[field.name]
@@ -80,8 +80,9 @@ def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., No
 
         own = list(inspect.signature(command).parameters.values())[1:]
         signature = inspect.Signature([*own, *map(_parameter, flags)])
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        call.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        described: Any = call  # typer reads these
+        described.__signature__ = signature
+        described.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         return call
 
     return decorate

@@ -79,11 +79,18 @@ def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
     return job, config
 
 
+def located(job: Job) -> Job:
+    """The job with absolute paths, so that its run can be continued from anywhere."""
+    model = job.model if job.model == "embedded" else str(Path(job.model).expanduser().resolve())
+    components = job.components and str(Path(job.components).expanduser().resolve())
+    return replace(job, images=str(Path(job.images).expanduser().resolve()), model=model, components=components)
+
+
 def folder_of(job: Job) -> Path:
     """The folder of the run: the one that was named, or the next free one in runs/."""
     if job.out is not None:
         return Path(job.out)
-    name = Path(job.images).resolve().stem
+    name = Path(job.images).stem
     candidates = (RUNS / (name if number == 1 else f"{name}-{number}") for number in range(1, 1_000_000))
     return next(path for path in candidates if not path.exists())
 

@@ -1,6 +1,9 @@
 """``stylewright train`` and ``stylewright resume``."""
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +12,7 @@ import typer
 from ..loops.config import TrainConfig
 from .flags import flags_of, merge, with_flags
 from .job import HELP as JOB_HELP
-from .job import Job, folder_of, keep, read_toml, recall, split
+from .job import Job, folder_of, keep, located, read_toml, recall, split
 from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
 
@@ -55,6 +58,7 @@ HELP = {
     "density.reference_tokens": "Image tokens that the law is stated for; it is carried to those of the run.",
 }
 
+CHECKPOINT = "checkpoint.safetensors"
 FLAGS = (*flags_of(Job, JOB_HELP, "Model and pictures"), *flags_of(TrainConfig, HELP, "Training"))
 
 
@@ -68,6 +72,7 @@ def train(
 ) -> None:
     """Learn the style of some pictures. Prints where the adapter is."""
     job, options = split(merge(read_toml(config) if config else {}, given))
+    job = located(job)
     run(job, options, folder_of(job), as_json)
 
 
@@ -89,10 +94,10 @@ def resume(
 def run(job: Job, options: TrainConfig, folder: Path, as_json: bool) -> None:
     """Trains in ``folder`` and says where the results are. Ctrl-C saves first and leaves with code 130."""
     try:
-        with progress_bar() as update:
+        with nothing_left_of_a_false_start(folder), progress_bar() as update:
             result = _train(job, options, folder, update)
     except KeyboardInterrupt:
-        saved = (folder / "checkpoint.safetensors").exists()
+        saved = (folder / CHECKPOINT).exists()
         advice = (
             f"everything is saved, continue with: stylewright resume {folder}" if saved else "nothing was trained yet"
         )
@@ -106,6 +111,18 @@ def run(job: Job, options: TrainConfig, folder: Path, as_json: bool) -> None:
         f"draw with it stylewright generate --model {job.model} --adapter {result.path} --prompt …",
     ]
     show({"adapter": result.path, "run": folder, **figures}, lines, as_json)
+
+
+@contextmanager
+def nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
+    """Removes a folder that was made inside, if what is raised comes before the first checkpoint."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "TrainResult":
@@ -146,6 +163,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             device=host.device,
             latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,
             conditioning=host.training_conditioning,
+            base_model=host.name,
         )
 
 

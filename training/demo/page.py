@@ -16,12 +16,12 @@ class Row:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
 .row { display: grid; grid-template-columns: 13rem 1fr; gap: 1rem; align-items: center; margin: .35rem 0; }
 .row b { display: block; } .row span { color: #666; font-size: .85rem; }
 .row img, .plots img { max-width: 100%; border-radius: 4px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(2, 1fr); gap: 1rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; }
 td { font-variant-numeric: tabular-nums; }
 """

@@ -65,7 +65,7 @@ def _introduction(experiment: Experiment) -> str:
     return (
         f"One picture of {kind} was shown to the embedded model for {options.steps} steps, as “{options.subject} in "
         f"{FREE_WORD} style”, twice from the same seed: with noise levels drawn from the style-friendly law, and from "
-        f"SD3's. Each row then asks for the subjects that the picture does not show ({others}) in {FREE_WORD} style."
+        f"SD3's, both stated for 1024x1024 pictures and carried to this size. Each row then asks for the subjects that the picture does not show ({others}) in {FREE_WORD} style."
     )
 
 

@@ -44,6 +44,6 @@ def save_transformer(path: Path, transformer: "FluxTransformer2DModel", dtype: t
     write_atomically(path, lambda temporary: save_file(state, temporary))
 
 
-def load_transformer(path: Path) -> "FluxTransformer2DModel":
-    """The transformer of a file with original FLUX keys, of any size, in float32 and evaluation mode."""
-    return transformer_of(load_file(path), torch.float32)
+def load_transformer(path: Path, dtype: torch.dtype = torch.float32) -> "FluxTransformer2DModel":
+    """The transformer of a file with original FLUX keys, of any size, frozen and in evaluation mode."""
+    return transformer_of(load_file(path), dtype)

@@ -148,6 +148,7 @@ def convert_adapter(
     layers = file.layers
     if file.about and family in FAMILIES and LAYOUT_KEY in file.header:
         layers = _in_layout(file, layers, family, file.header[LAYOUT_KEY])  # as trained: what ``weights`` speaks of
+        layers = {name: folded(layer, file.about.scale) for name, layer in layers.items()}
     written = styled(layers, style, family or "", norm=norm, weights=weights, unet_layers=_unet_layers(file))
     header = {**file.header, STYLE_KEY: style} if file.about else dict(file.header)
     _write(Path(target), written.tensors, header | ({NORM_KEY: written.norm} if written.norm else {}), dtype)

@@ -85,27 +85,45 @@ def split(layer: Layer, parts: int, present: Sequence[bool] | None = None) -> tu
     return _at_own_ranks(pieces, present or [True] * parts) or tuple(pieces)
 
 
-def merged(layers: Sequence[Layer | None], inputs: int) -> Layer | None:
+def merged(layers: Sequence[Layer | None]) -> Layer | None:
     """One layer for stacked parts; None where no such adapter exists. A part that is None is left as it is.
 
-    The parts' ranks add up: [B_q A_q; B_k A_k; B_v A_v] = diag(B_q, B_k, B_v) [A_q; A_k; A_v], and likewise for both
+    Parts that share their input side, as :func:`split` makes them, keep it. Otherwise the parts' ranks add up: [B_q A_q; B_k A_k; B_v A_v] = diag(B_q, B_k, B_v) [A_q; A_k; A_v], and likewise for both
     products of LoHa. A Kronecker product or a rotation of inputs has no such form.
     """
+    first = next(layer for layer in layers if layer is not None)
+    method, names, scale = first.method, set(first.tensors), first.scale
+    layers = [None if layer is None else folded(layer, scale) for layer in layers]
     present = [layer for layer in layers if layer is not None]
-    method, names = present[0].method, set(present[0].tensors)
-    if method not in INNER or any(layer.method != method or set(layer.tensors) != names for layer in present):
+    if any(layer.method != method or set(layer.tensors) != names for layer in present):
+        return None
+    if len(present) == len(layers) and (one := _sharing_inputs(present)):
+        return one
+    if method not in INNER or any(layer.tensors[name].dim() > 2 for layer in present for name in names):
         return None
     if "magnitude" in names and len(present) < len(layers):
         return None  # a norm of rows that the adapter knows nothing of
-    if any(layer.tensors[name].dim() > 2 for layer in present for name in names):
+    return _at_summed_rank(layers, scale, first.inputs)
+
+
+def _sharing_inputs(layers: Sequence[Layer]) -> Layer | None:
+    """Stacked parts that differ in the tensors of output rows only; None for any others."""
+    first = layers[0]
+    shared = [name for name in first.tensors if name not in OUTPUT_ROWS]
+    if not all(torch.equal(layer.tensors[name], first.tensors[name]) for layer in layers for name in shared):
         return None
+    stacked = {name: torch.cat([layer.tensors[name] for layer in layers]) for name in OUTPUT_ROWS & set(first.tensors)}
+    return replace(first, tensors={**first.tensors, **stacked})
+
+
+def _at_summed_rank(layers: Sequence[Layer | None], scale: float, inputs: int) -> Layer:
+    """Stacked parts, at a common scale, with an inner dimension that has a share for each."""
+    present = [layer for layer in layers if layer is not None]
     rank = sum(layer.rank or 0 for layer in present)
-    scale = present[0].scale
-    layers = [None if layer is None else folded(layer, scale) for layer in layers]
     sizes = [layer.outputs if layer else _missing_rows(i, len(layers), inputs) for i, layer in enumerate(layers)]
     tensors = {}
-    for outer, inner in INNER[method]:
-        tensors[inner] = torch.cat([layer.tensors[inner] for layer in layers if layer])
+    for outer, inner in INNER[present[0].method]:
+        tensors[inner] = torch.cat([layer.tensors[inner] for layer in present])
         tensors[outer] = tensors[inner].new_zeros(sum(sizes), rank)
         row = column = 0
         for layer, size in zip(layers, sizes, strict=True):
@@ -114,9 +132,9 @@ def merged(layers: Sequence[Layer | None], inputs: int) -> Layer | None:
                 tensors[outer][row : row + size, column : column + block.shape[1]] = block
                 column += block.shape[1]
             row += size
-    if "magnitude" in names:
+    if "magnitude" in present[0].tensors:
         tensors["magnitude"] = torch.cat([layer.tensors["magnitude"] for layer in present])
-    return Layer(method, tensors, scale)
+    return Layer(present[0].method, tensors, scale)
 
 
 def rows(layer: Layer, keep: Sequence[int]) -> Layer:

@@ -22,9 +22,8 @@ def to_native(layers: Layers, family: str, unet_layers: int = UNET_LAYERS) -> di
         else:
             fused.setdefault(place.module, {})[place.part] = name
     for module, present in fused.items():
-        some = layers[next(iter(present.values()))]
         parts = len(diffusers_names(family, module) or ())
-        one = merged([layers[present[part]] if part in present else None for part in range(parts)], some.inputs)
+        one = merged([layers[present[part]] if part in present else None for part in range(parts)])
         native |= {module: one} if one else {name: layers[name] for name in present.values()}
     return native
 

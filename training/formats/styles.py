@@ -103,9 +103,7 @@ def _product_form(name: str, layer: Layer, style: str, weights: Weights | None) 
     if layer.method != "oft":
         return layer
     if weights is None:
-        raise ValueError(
-            f"OFT can only be written in the style {style} with the base model at hand: use the style peft"
-        )
+        raise ValueError(f"OFT can only be written in the style {style} with the base model at hand: use style peft")
     weight = weights(name)
     if weight[0].numel() != weight.shape[1]:
         raise ValueError(f"OFT of the convolution {name} can only be written in the style peft")

@@ -21,10 +21,10 @@ class PlainAttention(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # torch switches the mode off inside this method, so plain_attention may call what it replaces.
-        replacement = plain_attention if function is F.scaled_dot_product_attention else function
+        replacement = plain_attention if func is F.scaled_dot_product_attention else func
         return replacement(*args, **(kwargs or {}))
 
 

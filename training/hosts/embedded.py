@@ -24,7 +24,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
                 f"the embedded model is not complete: {path} is missing. `stylewright embedded build` makes it"
             )
     with reading(f"the weights in {weights.folder}"):
-        transformer = load_transformer(weights.transformer).to(device, dtype)
+        transformer = load_transformer(weights.transformer, dtype).to(device)
         autoencoder = load_autoencoder(weights.autoencoder).to(device)
         text_encoder = load_text_encoder(weights).to(device)
 

@@ -23,9 +23,9 @@ class Autoencoder:
     """A diffusers AutoencoderKL in float32: SDXL's overflows in float16, and bfloat16 costs detail."""
 
     def __init__(self, parts: Parts) -> None:
-        config, kind = parts.config("vae"), parts.listed("vae")[1]
-        if kind != "AutoencoderKL":
-            raise ValueError(f"{parts.folder} has a {kind} for an autoencoder, expected AutoencoderKL")
+        config, kind = parts.config("vae"), parts.listed("vae")
+        if kind != ("diffusers", "AutoencoderKL"):
+            raise ValueError(f"{parts.folder} has the autoencoder {kind}, expected AutoencoderKL of diffusers")
         self.channels: int = config["latent_channels"]
         self.pixels_per_latent: int = 2 ** (len(config["block_out_channels"]) - 1)
         self.scale: float = config["scaling_factor"]

@@ -45,7 +45,8 @@ def load_host(
     """
     if str(model) == "embedded":
         return load_embedded(device=device, dtype=dtype)
-    parts = find_parts(Path(model).expanduser(), components and Path(components).expanduser(), device, dtype)
+    folder = Path(components).expanduser() if components else None
+    parts = find_parts(Path(model).expanduser(), folder, device, dtype)
     if missing := parts.missing():
         advice = "--components names the folder" if parts.checkpoint else "nothing is downloaded"
         raise ValueError(f"{parts.name} lacks {'; '.join(missing)}. Put the files there ({advice}) and try again")

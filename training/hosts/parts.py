@@ -65,11 +65,13 @@ class Parts:
         """The keys of the single file, if there is one."""
         return checkpoint_keys(self.checkpoint) if self.checkpoint else []
 
-    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+    def load(self, part: str, dtype: torch.dtype) -> Any:
         """A model of diffusers or transformers, frozen, in evaluation mode and main memory."""
-        library, class_name = self.listed(part)
+        if (listed := self.listed(part)) is None:
+            raise ValueError(f"{self.folder} has no {part}")
+        library, class_name = listed
         model_class = getattr(importlib.import_module(library), class_name)
-        options = {"subfolder": part, "local_files_only": True} | dtype_option(library, dtype)
+        options: dict[str, Any] = {"subfolder": part, "local_files_only": True, **dtype_option(library, dtype)}
         with reading(f"the {part} ({class_name}) of {self.name}"):
             if self.holds(part):
                 model = model_class.from_single_file(self.state(part), config=str(self.folder), **options)
@@ -84,7 +86,7 @@ class Parts:
         """The diffusers pipeline with tokenizers and text encoders only; it knows how this model reads prompts."""
         given: dict[str, Any] = {}
         for part in self.pipeline_parts():
-            if part in ("vae", *UNUSED) or self.listed(part)[0] is None:
+            if part in ("vae", *UNUSED) or self.listed(part) is None:
                 given[part] = None
             elif part.startswith("text_encoder") and not self.holds(part):
                 given[part] = self.load(part, self.dtype)
@@ -105,10 +107,10 @@ class Parts:
         parameters = inspect.signature(self.pipeline_class().__init__).parameters
         return [name for name in parameters if re.fullmatch(PART, name)]
 
-    def listed(self, part: str) -> tuple[str | None, str | None]:
-        """Library and class of a part according to the folder, (None, None) where it has none."""
+    def listed(self, part: str) -> tuple[str, str] | None:
+        """Library and class of a part according to the folder; None where it has none that we know how to open."""
         entry = self.index.get(part)
-        return (entry[0], entry[1]) if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        return (entry[0], entry[1]) if isinstance(entry, list) and entry[0] in LIBRARIES else None
 
     def holds(self, part: str) -> bool:
         """Whether the weights of this part are in the single file."""
@@ -119,6 +121,7 @@ class Parts:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The tensors of the autoencoder or the denoiser in the single file, in its own key names."""
+        assert self.checkpoint is not None
         if part == "vae":
             return read_tensors(self.checkpoint, [key for key in self.keys() if key.startswith(VAE_PREFIXES)])
         inside = [key for key in self.keys() if key.startswith(DENOISER_PREFIX)]
@@ -137,13 +140,13 @@ class Parts:
         """What is not on disk, one description for each part."""
         lacking = []
         for part in self.pipeline_parts():
-            library, class_name = self.listed(part)
-            if part in UNUSED or (part in OPTIONAL and library is None):
+            listed = self.listed(part)
+            if part in UNUSED or (part in OPTIONAL and listed is None):
                 continue
-            if library not in LIBRARIES:
-                lacking.append(f"{part} (model_index.json says {library}, {class_name})")
+            if listed is None:
+                lacking.append(f"{part} (model_index.json says {self.index.get(part)})")
             elif not self._is_complete(part):
-                lacking.append(f"{part} ({class_name}) in {self.folder / part}")
+                lacking.append(f"{part} ({listed[1]}) in {self.folder / part}")
         return lacking
 
     def _is_complete(self, part: str) -> bool:

@@ -94,14 +94,14 @@ def pixart_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {key.removeprefix(DENOISER_PREFIX): value for key, value in state.items()}
     diffusers: dict[str, Tensor] = {}
     for key in plain.keys() - set(NOT_WEIGHTS):
-        block, inside = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", key).groups()
-        module, _, kind = inside.rpartition(".")
-        names = (OUTER if block is None else BLOCK).get(module)
+        block = re.match(r"blocks\.(\d+)\.", key)
+        module, _, kind = key[block.end() if block else 0 :].rpartition(".")
+        names = (BLOCK if block else OUTER).get(module)
         if names is None:
             raise ValueError(f"{key} is not a key of PixArt")
         for name, part in zip(names, plain[key].chunk(len(names)), strict=True):
-            path = [*(["transformer_blocks", block] if block else []), *([name] if name else []), kind]
-            diffusers[".".join(path)] = part
+            path = [f"transformer_blocks.{block[1]}" if block else "", name, kind]
+            diffusers[".".join(filter(None, path))] = part
     return diffusers
 
 

@@ -23,10 +23,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..data.dataset import Dataset
-from ..denoiser import Denoiser
 from ..errors import IncompatibleCheckpoint, TrainingError
+from ..formats.adapters import save_adapter
+from ..formats.metadata import AdapterMetadata, build_metadata
 from ..formats.state import load_state, save_state, write_atomically
+from ..formats.styles import Weights
 from .config import TrainConfig, config_from_table, config_to_table
 from .tables import differences
 
@@ -85,12 +86,10 @@ class RunDirectory:
         with _disk_errors(self.config):
             write_atomically(self.config, lambda temporary: _write_text(temporary, text))
 
-    def save_adapter(self, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Writes the adapter's file."""
-        from ..formats.adapters import save_adapter
-
+    def save_adapter(self, state: Mapping[str, Tensor], about: AdapterMetadata, weights: Weights) -> None:
+        """Writes the adapter's file. ``weights`` gives a layer's frozen weight, which some methods' files need."""
         with _disk_errors(self.adapter):
-            save_adapter(self.adapter, state, metadata)
+            save_adapter(self.adapter, state, build_metadata(about), weights=weights)
 
     def save_images(self, step: int, images: Tensor) -> None:
         """Writes pictures (b, 3, h, w) in [0, 1] as PNG."""
@@ -132,14 +131,6 @@ def require_space(path: Path, adapter_bytes: int) -> None:
             f"{path} has {free / 2**20:.0f} MiB free and the checkpoints of this run need up to "
             f"{needed / 2**20:.0f} MiB: make room, choose another folder, or lower adapter.rank."
         )
-
-
-def identity_of(denoiser: Denoiser, dataset: Dataset) -> dict[str, Any]:
-    """What else than the configuration makes a run: the kind of model, and the data."""
-    return {
-        "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
-        "data": {"pictures": len(dataset.examples), "fingerprint": dataset.fingerprint()},
-    }
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -4,18 +4,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import IncompatibleCheckpoint, TrainingError
+from ..errors import IncompatibleCheckpoint
 from .checkpoint import RunDirectory, require_space
 from .config import TrainConfig
 from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
 from .meter import Meter
 from .optimizers import learning_rate_of
+from .subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +34,14 @@ class Recorder:
         meter: Meter,
         config: TrainConfig,
         *,
-        identity: Mapping[str, Any],
-        about: Callable[[int], Mapping[str, str]],  # steps done -> metadata of the adapter's file
+        subject: Subject,
         device: torch.device,
     ) -> None:
         """Continues from the folder's checkpoint, or begins with one, so that there is always a state to go back to."""
         self._run, self._learner, self._meter, self._config = run, learner, meter, config
-        self._identity, self._about, self._device = identity, about, device
+        self._subject, self._device = subject, device
         self._saved: int | None = None  # step of the checkpoint on disk
-        state = run.load(config, identity) if run else None
+        state = run.load(config, subject.identity) if run else None
         if state:
             _load(learner, state)
             self._saved = learner.step
@@ -49,7 +50,10 @@ class Recorder:
         if run:
             require_space(run.path, sum(p.numel() * p.element_size() for p in learner.parameters))
             run.save_config(config)
+            self._save_adapter()  # the process before may have been killed between checkpoint and adapter
             self.save()
+            if learner.step == 0:
+                run.adapter.unlink()  # it does nothing yet; now it is known that it can be written
         self._last_report = time.monotonic()
 
     @property
@@ -103,9 +107,15 @@ class Recorder:
         """The checkpoint, and the adapter as it is now. The losses so far must have been read."""
         if not self._run or self._saved == self._learner.step:
             return
-        self._run.save(self._learner.state_dict(), self._config, self._identity)
+        self._run.save(self._learner.state_dict(), self._config, self._subject.identity)
         self._saved = self._learner.step
-        self._run.save_adapter(self._learner.result(), self._about(self._learner.step))
+        self._save_adapter()
+
+    def _save_adapter(self) -> None:
+        learner = self._learner
+        if self._run:
+            about = replace(self._subject.about, steps=learner.step)
+            self._run.save_adapter(learner.result(), about, self._subject.weights)
 
     @contextmanager
     def saving_on_exceptions(self) -> Iterator[None]:
@@ -122,7 +132,7 @@ class Recorder:
         try:
             self._event()
             self.save()
-        except (TrainingError, OSError):  # the exception under way matters more; the checkpoint before is intact
+        except Exception:  # the one under way matters more, and the checkpoint before is intact
             logger.exception("The checkpoint of step %s is the last one of this run.", self._saved)
 
 

@@ -29,12 +29,13 @@ from ..noise import add_noise, gaussian
 from ..predictions import target
 from ..randomness import generator
 from ..weightings import WEIGHTINGS, check_weighting
-from .checkpoint import identity_of, open_run
+from .checkpoint import open_run
 from .config import TrainConfig
 from .events import Event
 from .learner import Learner
 from .meter import Meter
 from .recorder import Recorder
+from .subject import subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,22 +82,16 @@ def train(
         )
         stack.enter_context(differentiable(denoiser.module, checkpoint=config.gradient_checkpointing))
         learner, meter = Learner(adapter, config), Meter()
-        recorder = Recorder(
-            run,
-            learner,
-            meter,
-            config,
-            identity=identity_of(denoiser, dataset),
-            about=lambda steps: {},
-            device=device,
-        )
+        density = law(_tokens(dataset.examples[0].latent, latents_per_token))
+        subject = subject_of(denoiser, dataset, config, density=density, base_model=base_model)
+        recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
         stack.enter_context(recorder.saving_on_exceptions())
         while learner.step < config.steps:
             step = learner.step
             uniforms = stratified_uniform(config.samples_a_step, generator(config.seed, "log_snr", step))
             for micro, u in enumerate(uniforms.split(config.batch_size)):
                 batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation)
-                drawn = law(batch.latents[0, 0].numel() // latents_per_token).icdf(u)
+                drawn = law(_tokens(batch.latents, latents_per_token)).icdf(u)
                 noise = _noise(batch.latents.shape, config, step, first=micro * config.batch_size)
                 x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
                 mask = None if batch.mask is None else _moved(batch.mask, device)
@@ -131,6 +126,11 @@ def _law(denoiser: Denoiser, config: TrainConfig, tokens: int) -> Density:
     density = build_density(config.density, denoiser.log_snr_range, tokens)
     logger.info("noise levels at %d tokens: %s, mean time %.3f", tokens, density.describe(), mean_time(density))
     return density
+
+
+def _tokens(latents: Tensor, latents_per_token: int) -> int:
+    """Image tokens of each picture of latents (…, h, w)."""
+    return latents.shape[-2] * latents.shape[-1] // latents_per_token
 
 
 def _noise(shape: torch.Size, config: TrainConfig, step: int, first: int) -> Tensor:

@@ -137,6 +137,8 @@ def test_the_digest_tells_content_dtype_shape_and_place_apart():
         digest("a", "bc"),
         digest("abc"),
         digest(1),
+        digest(1, 2),
+        digest(12),
         digest("1"),
         digest(torch.tensor(1.0)),
         digest(torch.zeros(0, 3)),

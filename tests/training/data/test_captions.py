@@ -23,7 +23,7 @@ def test_a_caption_with_the_phrase_stays_and_so_the_template_is_idempotent():
     assert styled("An Ink Wash of a cat", "ink wash") == "An Ink Wash of a cat"
 
 
-@pytest.mark.parametrize("caption", ["drinks", "inkwell", "pink ink", "ink", "an ink\nwash"])
+@pytest.mark.parametrize("caption", ["drinks", "drink", "inkwell", "pink ink", "ink", "an ink\nwash"])
 def test_the_phrase_is_found_as_whole_words_only(caption):
     assert contains(caption, "ink") == (caption in ("pink ink", "ink", "an ink\nwash"))
 

@@ -161,6 +161,16 @@ def test_limits_of_dropout(dropout, expected):
     assert all((caption == "") == expected for step in range(50) for caption in dataset.batch(0, step, 0, 3).captions)
 
 
+def test_each_pass_draws_its_own_dropout():
+    dataset = made(example(0), dropout=0.5)
+    passes = [(seed, step, micro) for seed in range(2) for step in range(30) for micro in range(2)]
+    dropped = {place: dataset.batch(*place, 4, 2).captions for place in passes}
+    for changed in range(3):
+        pairs = [(p, q) for p in passes for q in passes if [i for i in range(3) if p[i] != q[i]] == [changed]]
+        # Two independent passes agree in all four draws in 1 of 16 cases.
+        assert sum(dropped[p] == dropped[q] for p, q in pairs) < 0.2 * len(pairs)
+
+
 def test_dropout_does_not_change_the_order():
     without, with_ = (made(*map(example, range(5)), dropout=dropout) for dropout in (0.0, 0.5))
     assert run(without, 10, 2) == run(with_, 10, 2)

@@ -1,9 +1,5 @@
 """A network and data so small that a training step takes a millisecond."""
 
-import importlib.util
-import sys
-import types
-
 import pytest
 import torch
 from torch import nn
@@ -12,11 +8,6 @@ from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset, Example
 from stylewright.training.densities import DensityConfig
 from stylewright.training.loops.config import TrainConfig
-
-if importlib.util.find_spec("stylewright.training.formats.adapters") is None:  # TEMPORARY
-    stub = types.ModuleType("stub")
-    stub.save_adapter = lambda path, *_, **__: path.write_bytes(b"x")
-    sys.modules["stylewright.training.formats.adapters"] = stub
 
 CHANNELS, HEIGHT, WIDTH, CONTEXT = 4, 6, 8, 5
 

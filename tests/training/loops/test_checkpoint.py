@@ -15,9 +15,11 @@ import torch
 
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.errors import IncompatibleCheckpoint, TrainingError
+from stylewright.training.formats.adapters import load_adapter
 from stylewright.training.formats.state import load_state
 from stylewright.training.loops import checkpoint
 from stylewright.training.loops.checkpoint import open_run, read_config
+from stylewright.training.loops.config import config_from_table
 
 
 def tensors_of(folder):
@@ -31,6 +33,39 @@ def test_a_run_leaves_what_it_says(run_to, make_config):
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "events.jsonl", "checkpoint.safetensors", "adapter.safetensors", "run.lock"}
     assert read_config(folder) == make_config()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_adapters_file_is_the_result_and_says_what_it_is(run_to, denoiser, method):
+    config = {"adapter": AdapterConfig(method=method, rank=2), "style_phrase": "dotted", "steps": 3}
+    result, folder = run_to("run", **config)
+    loaded = load_adapter(result.path, weights=lambda name: denoiser.module.get_submodule(name).weight)
+    assert loaded.state.keys() == result.adapter_state.keys()
+    for name, tensor in loaded.state.items():
+        torch.testing.assert_close(tensor, result.adapter_state[name], rtol=1e-4, atol=1e-6)
+    about = loaded.about
+    assert (about.method, about.rank, about.targets, about.family) == (method, 2, ("style",), "toy")
+    assert (about.steps, about.seed, about.images, about.style_phrase) == (3, 0, 3, "dotted")
+    assert about.density["law"] == "truncated"
+    assert config_from_table(about.training) == read_config(folder)
+
+
+def test_an_adapter_lost_in_a_kill_is_written_again(run_to):
+    result, _ = run_to("run")
+    result.path.unlink()
+    written = load_adapter(run_to("run")[0].path).state
+    assert all(torch.equal(written[name], tensor) for name, tensor in result.adapter_state.items())
+
+
+def test_an_adapter_that_cannot_be_written_is_known_before_work(run_to, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise ValueError("no tool reads these layers")
+
+    seen = []
+    monkeypatch.setattr(checkpoint, "save_adapter", refuse)
+    with pytest.raises(ValueError, match="no tool reads these layers"):
+        run_to("run", report=seen.append)
+    assert not seen
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

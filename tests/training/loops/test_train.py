@@ -12,6 +12,7 @@ from stylewright.training.data.dataset import Dataset
 from stylewright.training.densities import build_density, stratified_uniform
 from stylewright.training.errors import NonFiniteLoss
 from stylewright.training.formats.state import load_state
+from stylewright.training.loops import checkpoint
 from stylewright.training.loops.events import read_events
 from stylewright.training.loops.train import train
 from stylewright.training.randomness import generator
@@ -65,8 +66,8 @@ def assert_same_run(one, other):
     "optimizer", [{}, {"optimizer": "prodigy", "learning_rate": 1.0}, {"optimizer": "schedule-free"}]
 )
 def test_the_loss_falls(run_to, optimizer):
-    result, _ = run_to("run", steps=150, report_every=150, save_every=0, clip_norm=0.0, **optimizer)
-    assert len(result.losses) == 150
+    result, _ = run_to("run", steps=80, report_every=80, save_every=0, clip_norm=0.0, **optimizer)
+    assert len(result.losses) == 80
     assert sum(result.losses[-10:]) < 0.75 * sum(result.losses[:10])
 
 
@@ -248,6 +249,19 @@ def test_reports_samples_and_saves_do_not_change_what_is_learned(run_to):
         )
         assert_same_run(quiet, chatty)
         assert [event.step for event in seen] == list(range(1, 9))
+
+
+def test_a_failure_to_save_does_not_hide_what_was_raised(run_to, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    def report(event):
+        monkeypatch.setattr(checkpoint, "save_state", full)
+        raise Stop
+
+    with pytest.raises(Stop):
+        run_to("run", report=report)
+    assert "The checkpoint of step 0 is the last one of this run" in caplog.text
 
 
 @pytest.mark.parametrize("micro", [0, 1])

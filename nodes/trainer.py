@@ -1,0 +1,105 @@
+"""The trainer: a style from pictures, by the law of the noise level."""
+
+from comfy_api.latest import io
+
+from ..training.adapters.methods import AdapterConfig
+from ..training.densities import DensityConfig
+from ..training.loops.config import TrainConfig
+from .bridge.training import Job, Sockets, train_adapter
+from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
+from .trainer_inputs import advanced, links, plain
+
+
+class StyleFriendlySNRTrainer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="StyleFriendlySNRTrainer",
+            display_name="Train Style LoRA (Style-Friendly SNR)",
+            category="stylewright/training",
+            description=(
+                "Learns the style of a few pictures as an adapter for the model it is given, of any family and "
+                "precision, without a second copy of its weights. The adapter is saved in models/loras under a free "
+                "name; an interrupted run keeps what it has learned, and queued again it continues."
+            ),
+            search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
+            is_output_node=True,
+            inputs=[*links(), *plain(), *advanced()],
+            outputs=[
+                LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
+                LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
+                io.String.Output("path", tooltip="The adapter's file."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        clip: object,
+        vae: object,
+        dataset: StyleDataset,
+        steps: int,
+        learning_rate: float,
+        rank: int,
+        alpha: float,
+        batch_size: int,
+        accumulation: int,
+        method: str,
+        optimizer: str,
+        targets: str,
+        seed: int,
+        precision: str,
+        gradient_checkpointing: bool,
+        file_name: str,
+        sample_prompt: str,
+        sample_every: int,
+        sample_steps: int,
+        sample_cfg: float,
+        scheduler: str,
+        warm_up: int,
+        weight_decay: float,
+        clip_norm: float,
+        ema_decay: float,
+        caption_dropout: float,
+        dropout: float,
+        loss: str,
+        weighting: str,
+        offset_noise: float,
+        save_every: int,
+        target_patterns: str,
+        density: StyleDensity | None = None,
+    ) -> io.NodeOutput:
+        patterns = tuple(line.strip() for line in target_patterns.splitlines() if line.strip())
+        config = TrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            scheduler=scheduler,
+            warm_up=warm_up,
+            clip_norm=clip_norm,
+            ema_decay=ema_decay,
+            loss=loss,
+            weighting=weighting,
+            offset_noise=offset_noise,
+            precision=precision,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+            style_phrase=dataset.style_phrase,
+            resolution=dataset.resolution,
+            caption_dropout=caption_dropout,
+            save_every=save_every,
+            sample_every=sample_every,
+            sample_prompts=tuple(line.strip() for line in sample_prompt.splitlines() if line.strip()),
+            adapter=AdapterConfig(
+                method=method, rank=rank, alpha=alpha or None, targets=patterns or targets, dropout=dropout
+            ),
+            density=DensityConfig() if density is None else density.config,
+        )
+        job = Job(dataset.items, dataset.caption_mode, config, file_name, sample_steps, sample_cfg)
+        trained = train_adapter(Sockets(model, clip, vae), job, cls.hidden.unique_id)
+        return io.NodeOutput(trained.tensors, {"loss": trained.losses}, str(trained.path))

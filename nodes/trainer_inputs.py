@@ -1,0 +1,207 @@
+"""The inputs of the trainer. Their ids and their order are part of every shared workflow: add at the end only."""
+
+from comfy_api.latest import io
+
+from ..training.adapters.methods import METHODS
+from ..training.adapters.targets import TARGETS
+from ..training.loops.config import PRECISIONS
+from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
+from ..training.losses import LOSSES
+from ..training.weightings import WEIGHTINGS
+from .sockets import DATASET, DENSITY
+
+PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))
+
+
+def links() -> list[io.Input]:
+    """The sockets."""
+    return [
+        io.Model.Input(
+            "model", tooltip="What is trained. LoRAs and patches of nodes before count as part of it, and it stays as is."
+        ),
+        io.Clip.Input("clip", tooltip="The model's text encoder: captions are encoded once, before training."),
+        io.Vae.Input("vae", tooltip="The model's VAE: pictures are encoded once, before training."),
+        DATASET.Input("dataset", tooltip="The pictures and captions, from Style Dataset."),
+        DENSITY.Input(
+            "density",
+            optional=True,
+            tooltip="Which noise levels are drawn, from Noise Level Density. None: N(-6, 2²), the paper's law for styles.",
+        ),
+    ]
+
+
+def plain() -> list[io.Input]:
+    """The widgets that are always shown, in order."""
+    return [
+        io.Int.Input(
+            "steps", default=300, min=1, max=1_000_000, tooltip="Optimizer steps. The paper: 300 for a style of one picture."
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-4,
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+            round=1e-9,
+            tooltip="1e-4 is the paper's. About 1 for the optimizer prodigy, which finds its own.",
+        ),
+        io.Int.Input(
+            "rank", default=32, min=1, max=1024, tooltip="Size of the adapter: how much it can learn, and its file's size."
+        ),
+        io.Float.Input(
+            "alpha",
+            default=0.0,
+            min=0.0,
+            max=4096.0,
+            step=0.5,
+            tooltip="The adapter is scaled by alpha / rank. 0 = equal to the rank, a scale of 1, as in the paper.",
+        ),
+        io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Samples at once. More needs more memory."),
+        io.Int.Input(
+            "accumulation",
+            default=4,
+            min=1,
+            max=1024,
+            tooltip="Batches to an optimizer step. Noise levels are spread evenly over all samples of a step.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default="lora",
+            tooltip="Kind of adapter. lora loads everywhere; the others load in ComfyUI.",
+        ),
+        io.Combo.Input("optimizer", options=list(OPTIMIZERS), default="adam", tooltip="adam is the paper's."),
+        io.Combo.Input(
+            "targets",
+            options=PRESETS,
+            default="style",
+            tooltip="Which layers are adapted. style: the paper's list for FLUX and SD3.5, attention layers elsewhere.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="The same seed and settings give the same adapter.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default="bfloat16",
+            tooltip="Of the arithmetic. The adapter's weights are kept in float32 either way. On a CPU take float32.",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=True,
+            tooltip="Computes activations twice instead of keeping them: far less memory, a third more time.",
+        ),
+        io.String.Input(
+            "file_name",
+            default="stylewright/style",
+            tooltip="Where the adapter goes, below models/loras. A number is added, and nothing is ever overwritten.",
+        ),
+        io.String.Input(
+            "sample_prompt",
+            default="",
+            multiline=True,
+            placeholder="a house by a lake",
+            tooltip="What to draw while training, one line a picture; the style phrase is added. Empty: nothing.",
+        ),
+        io.Int.Input("sample_every", default=50, min=0, max=100_000, tooltip="Steps between these pictures. 0 = none."),
+    ]
+
+
+def advanced() -> list[io.Input]:
+    """The widgets that a user has to ask for."""
+    return [
+        io.Int.Input("sample_steps", default=20, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture."),
+        io.Float.Input(
+            "sample_cfg",
+            default=1.0,
+            min=0.0,
+            max=30.0,
+            step=0.1,
+            advanced=True,
+            tooltip="Guidance of these pictures: 1 for FLUX.1, 3 for the embedded model, 5 for SDXL.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(SCHEDULES),
+            default="constant",
+            advanced=True,
+            tooltip="How the learning rate goes over the run.",
+        ),
+        io.Int.Input(
+            "warm_up", default=0, min=0, max=100_000, advanced=True, tooltip="Steps over which the learning rate grows first."
+        ),
+        io.Float.Input(
+            "weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Pulls the adapter to zero."
+        ),
+        io.Float.Input(
+            "clip_norm",
+            default=1.0,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            advanced=True,
+            tooltip="Largest norm of a step's gradient. 0 = no limit.",
+        ),
+        io.Float.Input(
+            "ema_decay",
+            default=0.0,
+            min=0.0,
+            max=0.9999,
+            step=0.001,
+            round=0.0001,
+            advanced=True,
+            tooltip="Saves a moving average of the adapter with this decay, for example 0.99. 0 = none.",
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Share of samples that are trained with an empty prompt.",
+        ),
+        io.Float.Input(
+            "dropout", default=0.0, min=0.0, max=0.95, step=0.01, advanced=True, tooltip="Dropout within the adapter."
+        ),
+        io.Combo.Input(
+            "loss", options=list(LOSSES), default="mse", advanced=True, tooltip="How a prediction's error is measured."
+        ),
+        io.Combo.Input(
+            "weighting",
+            options=list(WEIGHTINGS),
+            default="none",
+            advanced=True,
+            tooltip="A factor on the loss by noise level. The paper takes none: the density does that work.",
+        ),
+        io.Float.Input(
+            "offset_noise",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Noise that is constant over a picture, for very dark or bright styles. 0.01 is in use for FLUX.",
+        ),
+        io.Int.Input(
+            "save_every",
+            default=100,
+            min=0,
+            max=100_000,
+            advanced=True,
+            tooltip="Steps between checkpoints, from which a run continues after a crash. 0 = none until it stops.",
+        ),
+        io.String.Input(
+            "target_patterns",
+            default="",
+            multiline=True,
+            placeholder="double_blocks\\.\\d+\\.img_attn\\.qkv",
+            advanced=True,
+            tooltip="Regular expressions for the ends of layers' names, one a line. They replace the targets above.",
+        ),
+    ]

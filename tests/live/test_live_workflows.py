@@ -1,0 +1,117 @@
+"""The shipped workflows: every one fits the schemas, and the quick start runs as it is shipped."""
+
+import copy
+import json
+
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+
+def workflows(repository):
+    found = {path.name: json.loads(path.read_text()) for path in (repository / "workflows").rglob("*.json")}
+    assert found, "no workflows were found"
+    return found
+
+
+def test_every_workflow_fits_the_schemas(server, repository):
+    from workflow_api import problems
+
+    found = workflows(repository)
+    assert "quick_start.json" in found
+    for name, workflow in found.items():
+        assert problems(workflow, server.info) == [], name
+
+
+def test_the_checker_sees_what_is_wrong(server, repository):
+    from workflow_api import problems
+
+    workflow = workflows(repository)["quick_start.json"]
+    trainer = next(i for i, node in enumerate(workflow["nodes"]) if node["type"] == "StyleFriendlySNRTrainer")
+
+    def broken(change):
+        altered = copy.deepcopy(workflow)
+        change(altered, altered["nodes"][trainer])
+        return problems(altered, server.info)
+
+    assert broken(lambda graph, node: node.update(type="NoSuchNode"))
+    assert broken(lambda graph, node: node["widgets_values"].pop())
+    assert broken(lambda graph, node: node["widgets_values"].__setitem__(0, -1))
+    assert broken(lambda graph, node: node["widgets_values"].__setitem__(0, "many"))
+    assert broken(lambda graph, node: node["inputs"].pop(0))
+    assert broken(lambda graph, node: node["inputs"][0].update(name="no_such_input"))
+    assert broken(lambda graph, node: node["inputs"][0].update(link=None))
+    assert broken(lambda graph, node: node["outputs"].pop())
+    assert broken(lambda graph, node: graph["links"][0].__setitem__(2, 2))
+    inner = {"id": "inner", "nodes": [{"id": 1, "type": "NoSuchNode"}], "links": []}
+    assert broken(lambda graph, node: graph.update(definitions={"subgraphs": [inner]}))
+
+
+@pytest.fixture(scope="module")
+def quick_start(server, repository, shipped_weights):
+    """The quick start's prompt and what came of it."""
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["quick_start.json"], server.info)
+    return prompt, server.run(prompt)
+
+
+def test_the_quick_start_runs_as_shipped(quick_start, server):
+    prompt, result = quick_start
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    pictures = [image for output in result["outputs"].values() for image in output.get("images", [])]
+    assert len(pictures) >= 4
+    for image in pictures:
+        folder = server.base / image["type"] / image["subfolder"]
+        assert (folder / image["filename"]).stat().st_size > 500
+    saved = list((server.base / "models" / "loras").rglob("*.safetensors"))
+    assert len(saved) == 1 and "partial" not in saved[0].name
+
+
+def test_progress_pictures_and_words_come_over_the_websocket(quick_start):
+    prompt, result = quick_start
+    (trainer,) = (id for id, node in prompt.items() if node["class_type"] == "StyleFriendlySNRTrainer")
+    steps = [m["data"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer]
+    assert steps[-1]["value"] == steps[-1]["max"] == prompt[trainer]["inputs"]["steps"]
+    binary = [m["data"] for m in result["messages"] if m["type"] == "binary"]
+    assert any(b"JFIF" in data[:64] for data in binary), "no sample picture was shown"
+    assert any(b", loss " in data for data in binary), "no loss was shown on the node"
+
+
+def test_an_interrupted_training_keeps_its_adapter_and_continues(quick_start, server):
+    prompt = copy.deepcopy(quick_start[0])
+    (trainer,) = (id for id, node in prompt.items() if node["class_type"] == "StyleFriendlySNRTrainer")
+    inputs = prompt[trainer]["inputs"] | {"steps": 400, "file_name": "interrupted", "sample_every": 0, "seed": 5}
+    prompt[trainer]["inputs"] = inputs
+    loras = server.base / "models" / "loras"
+    result = server.run(prompt, interrupt_at=10)
+    assert result["messages"][-1]["type"] == "execution_interrupted"
+    assert [path.name for path in loras.glob("interrupted*")] == ["interrupted_00001_partial.safetensors"]
+
+    runs = list((server.base / "output" / "stylewright").glob("interrupted-*"))
+    assert len(runs) == 1 and (runs[0] / "checkpoint.safetensors").exists()
+    done = json.loads((runs[0] / "events.jsonl").read_text().splitlines()[-1])["step"]
+    result = server.run(prompt, interrupt_at=done + 10)
+    first = next(m["data"]["value"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer)
+    assert first > done
+    assert list((server.base / "output" / "stylewright").glob("interrupted-*")) == runs
+
+
+def test_an_error_names_the_words_that_are_not_known(server, shipped_weights):
+    prompt = {
+        "1": {"class_type": "StylewrightEmbeddedModel", "inputs": {}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "an astronaut in ocean style"}},
+        "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "4": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 0,
+                "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+            },
+        },
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "PreviewImage", "inputs": {"images": ["5", 0]}},
+    }  # fmt: skip
+    result = server.run(prompt)
+    (error,) = (message["data"] for message in result["messages"] if message["type"] == "execution_error")
+    assert "'astronaut'" in error["exception_message"] and "ocean" in error["exception_message"]

@@ -1,0 +1,154 @@
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stylewright.training.cli import train as command
+from stylewright.training.cli.app import run
+from stylewright.training.cli.progress import patient_interrupt
+
+SMALL = ["--resolution", "64", "--accumulation", "1", "--rank", "2", "--style-phrase", "<v0>", "--images", "pictures"]
+
+
+def trained(capsys, *arguments: str) -> dict:
+    """What a successful command printed as JSON."""
+    code = run([*arguments, "--json"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return json.loads(printed.out)
+
+
+def test_train_inspect_convert_and_generate(workplace, capsys):
+    result = trained(capsys, "train", *SMALL, "--steps", "2", "--out", "run", "--seed", "5")
+    assert result["steps"] == 2
+    assert result["loss"] > 0
+    assert sorted(path.name for path in (workplace / "run").glob("*.json*")) == [
+        "config.json",
+        "events.jsonl",
+        "job.json",
+    ]
+
+    report = trained(capsys, "inspect", result["adapter"])
+    assert (report["family"], report["method"], report["ranks"]) == ("flux", "lora", [2])
+    assert report["style_phrase"] == "<v0>"
+
+    trained(capsys, "convert", result["adapter"], "converted.safetensors", "--style", "comfyui")
+    assert trained(capsys, "inspect", "converted.safetensors")["modules"] > 0
+
+    drawn = trained(
+        capsys, "generate", "--adapter", result["adapter"], "--prompt", "star", "--steps", "1", "--size", "64x32"
+    )
+    assert [picture["prompt"] for picture in drawn["pictures"]] == ["star in <v0> style"]
+    from PIL import Image
+
+    with Image.open(drawn["pictures"][0]["file"]) as picture:
+        assert picture.size == (64, 32)
+
+
+def test_text_says_where_the_results_are(workplace, capsys):
+    assert run(["train", *SMALL, "--steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert str(Path("runs/pictures/adapter.safetensors")) in printed
+    assert run(["train", *SMALL, "--steps", "1"]) == 0
+    assert str(Path("runs/pictures-2/adapter.safetensors")) in capsys.readouterr().out
+
+
+def test_a_file_and_flags_have_the_same_names(workplace, capsys):
+    (workplace / "run.toml").write_text(
+        'images = "pictures"\nstyle_phrase = "<v0>"\nresolution = 64\naccumulation = 1\nsteps = 5\n'
+        "[adapter]\nrank = 4\n[density]\nmu = -4\n",
+        encoding="utf-8",
+    )
+    assert trained(capsys, "train", "--config", "run.toml", "--steps", "1", "--rank", "2", "--out", "a")["steps"] == 1
+    config = json.loads((workplace / "a" / "config.json").read_text(encoding="utf-8"))
+    assert config["adapter"]["rank"] == 2
+    assert config["density"]["mu"] == -4.0
+    assert config["density"]["reference_tokens"] == 4096, "the embedded model carries the law to its own size"
+    assert trained(capsys, "train", *SMALL, "--mu", "-4", "--steps", "1", "--out", "b")["steps"] == 1
+    same = [load_file(workplace / name / "adapter.safetensors") for name in "ab"]
+    assert all(same[0][key].equal(same[1][key]) for key in same[0])
+
+
+def test_resume_equals_a_straight_run(workplace, capsys, monkeypatch):
+    trained(capsys, "train", *SMALL, "--steps", "2", "--out", "parts")
+    monkeypatch.chdir("/")
+    assert trained(capsys, "resume", str(workplace / "parts"), "--steps", "4")["steps"] == 4
+    monkeypatch.chdir(workplace)
+    trained(capsys, "train", *SMALL, "--steps", "4", "--out", "whole")
+    parts, whole = (load_file(workplace / name / "adapter.safetensors") for name in ("parts", "whole"))
+    assert parts.keys() == whole.keys()
+    assert all(parts[key].equal(whole[key]) for key in parts)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(workplace, capsys, monkeypatch):
+    def press(step):
+        signal.raise_signal(signal.SIGINT)
+        return torch.zeros(1, 3, 8, 8)
+
+    arguments = [*SMALL, "--steps", "3", "--sample-every", "1", "--sample-prompts", "star", "--out", "run"]
+    monkeypatch.setattr(command, "sampler", lambda host, options: press)
+    assert run(["train", *arguments, "--report-every", "1", "--json"]) == 130
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "stylewright resume run" in printed.err
+    assert len((workplace / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+    monkeypatch.setattr(command, "sampler", lambda host, options: None)
+    assert trained(capsys, "resume", "run")["steps"] == 3
+
+
+def test_samples_are_drawn_in_the_style(workplace, capsys):
+    trained(capsys, "train", *SMALL, "--steps", "1", "--sample-every", "1", "--sample-prompts", "tree", "--out", "run")
+    assert len(list((workplace / "run" / "samples").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--images"]),
+        (["--images", "nowhere"], ["nowhere"]),
+        (["--images", "pictures"], ["style phrase"]),
+        ([*SMALL, "--steps", "0"], ["steps", "0"]),
+        ([*SMALL, "--rank", "4096"], ["4096"]),
+        ([*SMALL, "--targets", "nothing.*"], ["nothing"]),
+        ([*SMALL, "--model", "nowhere"], ["nowhere"]),
+        ([*SMALL, "--device", "abacus"], ["abacus"]),
+        ([*SMALL, "--optimizer", "nix"], ["nix", "adamw"]),
+        ([*SMALL, "--config", "nowhere.toml"], ["nowhere.toml"]),
+        ([*SMALL, "--config", "pictures/star.txt"], ["star.txt", "TOML"]),
+        ([*SMALL, "--config", "misspelled.toml"], ["learning_rat", "did you mean learning_rate"]),
+    ],
+    ids=lambda value: " ".join(map(str, value[-2:])),
+)
+def test_errors_come_before_anything_is_written(workplace, capsys, arguments, words):
+    (workplace / "misspelled.toml").write_text("learning_rat = 1.0", encoding="utf-8")
+    before = sorted(workplace.rglob("*"))
+    assert run(["train", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(word in printed.err for word in words), printed.err
+    assert sorted(path for path in workplace.rglob("*") if path.name != "runs") == before
+
+
+def test_another_jobs_run_is_left_alone(workplace, capsys):
+    trained(capsys, "train", *SMALL, "--steps", "1", "--out", "run")
+    (workplace / "pictures").rename(workplace / "others")
+    assert run(["train", *SMALL, "--images", "others", "--steps", "1", "--out", "run"]) == 1
+    assert "images was" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_is_no_run(workplace, capsys):
+    assert run(["resume", "pictures"]) == 1
+    assert "not the folder of a run" in capsys.readouterr().err
+
+
+def test_the_second_interrupt_does_not_wait(capsys):
+    with pytest.raises(KeyboardInterrupt), patient_interrupt() as check:
+        signal.raise_signal(signal.SIGINT)
+        assert "Ctrl-C again" in capsys.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+        check()
+        pytest.fail("the second Ctrl-C was ignored")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,141 @@
+"""``stylewright generate``: pictures from prompts, with an adapter or without."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import Json, show
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..hosts.host import Host
+
+Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")]
+Model = Annotated[str, typer.Option(help='"embedded", a diffusers folder, or a .safetensors checkpoint.')]
+Components = Annotated[str | None, typer.Option(help="For a checkpoint: the diffusers folder with what it lacks.")]
+AdapterFile = Annotated[Path | None, typer.Option("--adapter", help="A style to draw in.")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Take the prompts as they are, without the adapter's style phrase.")
+]
+Negative = Annotated[str, typer.Option(help="What to keep away from, where the model is guided.")]
+Guidance = Annotated[float | None, typer.Option(help="Of classifier-free guidance. (default: the model's own)")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. (default: the model's own)")]
+Out = Annotated[Path, typer.Option(help="Folder for the pictures.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16, of the model's weights.")]
+
+
+def generate(
+    prompts: Prompts,
+    model: Model = "embedded",
+    components: Components = None,
+    adapter: AdapterFile = None,
+    plain: Plain = False,
+    negative: Negative = "",
+    seed: int = 0,
+    steps: int = 20,
+    guidance: Guidance = None,
+    size: Size = None,
+    precision: Precision = "float32",
+    device: str = "auto",
+    out: Out = Path("pictures"),
+    as_json: Json = False,
+) -> None:
+    """Draw pictures, each in the adapter's style: "a cat" becomes "a cat in {style phrase} style"."""
+    import torch
+
+    from ..hosts.generate import generate as draw
+    from ..hosts.loading import load_host
+    from ..loops.config import PRECISIONS
+    from .train import device_of
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"Got --precision {precision}: expected one of {', '.join(PRECISIONS)}.")
+    pixels = size_of(size)
+    host = load_host(model, device_of(device), getattr(torch, precision), components=components)
+    with wearing(host, adapter) as phrase, progress_bar() as update:
+        asked = prompts if plain else in_style(prompts, phrase)
+        pictures = draw(
+            host,
+            asked,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance,
+            size=pixels,
+            negative=negative,
+            callback=lambda step, total, _: update("drawing", step, total),
+        )
+    files = save(pictures, out, seed)
+    drawn = [{"file": file, "prompt": prompt} for file, prompt in zip(files, asked, strict=True)]
+    show({"pictures": drawn, "seed": seed}, [f"{each['file']}  {each['prompt']}" for each in drawn], as_json)
+
+
+@contextmanager
+def wearing(host: "Host", adapter: Path | None) -> Iterator[str]:
+    """Inside, the host's model has the adapter of this file. Gives its style phrase, "" if it has none.
+
+    ValueError for an adapter of another family, or one whose layers the model does not have.
+    """
+    if adapter is None:
+        yield ""
+        return
+    from ..adapters.attach import attached
+    from ..adapters.methods import AdapterConfig
+    from ..formats.adapters import load_adapter
+
+    family = host.denoiser.family
+    loaded = load_adapter(adapter, "diffusers", weights=weights_of(host))
+    if loaded.family != family:
+        raise ValueError(
+            f"{adapter} is an adapter for {loaded.family or 'an unknown family'}, and the model is {family}"
+        )
+    config = AdapterConfig(
+        method=loaded.method, rank=loaded.rank, alpha=loaded.alpha, targets=tuple(map(re.escape, loaded.names))
+    )
+    with attached(host.denoiser.module, config, family=family, seed=0) as attachment:
+        attachment.load_state_dict(loaded.state)
+        yield loaded.about.style_phrase if loaded.about else ""
+
+
+def weights_of(host: "Host") -> Callable[[str], "Tensor"]:
+    """Gives the weight of a layer of the host's model by its name."""
+    parameters = dict(host.denoiser.module.named_parameters())
+    return lambda name: parameters[f"{name}.weight"]
+
+
+def in_style(prompts: list[str], phrase: str) -> list[str]:
+    """The prompts with the style phrase, as in training."""
+    from ..data.captions import styled
+
+    return [styled(prompt, phrase) for prompt in prompts] if phrase else prompts
+
+
+def size_of(size: str | None) -> tuple[int, int] | None:
+    """Height and width of "WIDTHxHEIGHT"."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", size)
+    if not found:
+        raise ValueError(f"Got --size {size}: expected WIDTHxHEIGHT in pixels, for example 1024x768.")
+    return int(found[2]), int(found[1])
+
+
+def save(pictures: "Tensor", folder: Path, seed: int) -> list[Path]:
+    """Writes pictures (b, 3, h, w) in [0, 1] as PNG, beside those that are there."""
+    from PIL import Image
+
+    from ..formats.state import write_atomically
+
+    files: list[Path] = []
+    for picture in (pictures.clamp(0, 1) * 255).round().byte().movedim(1, -1).contiguous().numpy():
+        names = (folder / f"{seed}-{number:04d}.png" for number in range(10_000))
+        file = next(name for name in names if not name.exists())
+        image = Image.fromarray(picture)
+        write_atomically(file, lambda temporary, image=image: image.save(temporary, format="png"))
+        files.append(file)
+    return files

@@ -1,0 +1,64 @@
+"""What a run trains, and on what: what tells it from another run, and what its adapter's file says of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..data.dataset import Dataset
+from ..denoiser import Denoiser
+from ..densities import Density
+from ..formats.metadata import AdapterMetadata
+from ..formats.styles import Weights
+from .config import TrainConfig, config_to_table
+
+
+@dataclass(frozen=True)
+class Subject:
+    identity: Mapping[str, Any]  # besides the configuration; a run continues only where it is the same
+    about: AdapterMetadata  # but for the steps
+    weights: Weights  # of the frozen layers under an adapter, by name
+
+
+def subject_of(
+    denoiser: Denoiser, dataset: Dataset, config: TrainConfig, *, density: Density, base_model: str
+) -> Subject:
+    """The subject of a run whose adapter is on ``denoiser.module`` now."""
+
+    def weights(name: str) -> Tensor:
+        return denoiser.module.get_submodule(name).get_base_layer().weight  # type: ignore[operator]
+
+    pictures = len(dataset.examples)
+    return Subject(
+        identity={
+            "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
+            "data": {"pictures": pictures, "fingerprint": dataset.fingerprint()},
+        },
+        about=_about(denoiser, config, pictures, density, base_model),
+        weights=weights,
+    )
+
+
+def _about(
+    denoiser: Denoiser, config: TrainConfig, pictures: int, density: Density, base_model: str
+) -> AdapterMetadata:
+    adapter = config.adapter
+    return AdapterMetadata(
+        family=denoiser.family,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=(adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets,
+        base_model=base_model,
+        style_phrase=config.style_phrase,
+        process=denoiser.process,
+        prediction=denoiser.prediction,
+        density=density.describe(),
+        seed=config.seed,
+        images=pictures,
+        resolution=config.resolution,
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        training=config_to_table(config),
+    )
