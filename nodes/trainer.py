@@ -5,7 +5,6 @@ from comfy_api.latest import io
 from ..training.adapters.methods import AdapterConfig
 from ..training.densities import DensityConfig
 from ..training.loops.config import TrainConfig
-from .bridge.training import Job, Sockets, train_adapter
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, links, plain
 
@@ -71,6 +70,8 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         target_patterns: str,
         density: StyleDensity | None = None,
     ) -> io.NodeOutput:
+        from .bridge.training import Job, Sockets, train_adapter  # half of the core, which nobody waits for at start-up
+
         patterns = tuple(line.strip() for line in target_patterns.splitlines() if line.strip())
         config = TrainConfig(
             steps=steps,

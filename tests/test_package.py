@@ -1,5 +1,6 @@
 """What the package says of itself, and what an installation carries."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_one_licence():
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert PROJECT["project"]["license"] == "Apache-2.0"
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs():
+    command = "pip install -e '.[test]' && pytest"
+    install, _, test = command.partition(" && ")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert install.replace("pip install", 'pip" install -qq') in ci
+    assert f" {test} " in ci
+
+
+def test_ci_can_be_started():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -41,7 +41,7 @@ def test_the_checker_sees_what_is_wrong(server, repository):
     assert broken(lambda graph, node: node["inputs"].pop(0))
     assert broken(lambda graph, node: node["inputs"][0].update(name="no_such_input"))
     assert broken(lambda graph, node: node["inputs"][0].update(link=None))
-    assert broken(lambda graph, node: node["outputs"].pop())
+    assert broken(lambda graph, node: node["outputs"][0].update(type="IMAGE"))
     assert broken(lambda graph, node: graph["links"][0].__setitem__(2, 2))
     inner = {"id": "inner", "nodes": [{"id": 1, "type": "NoSuchNode"}], "links": []}
     assert broken(lambda graph, node: graph.update(definitions={"subgraphs": [inner]}))

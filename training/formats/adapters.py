@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .contents import AdapterFile, read_adapter, read_layers
 from .keys import FAMILIES, LAYOUTS, TEXT_ENCODER, UNET_LAYERS, layout_of
-from .layers import Layer, folded
+from .keys_transformers import TRANSFORMERS
+from .layers import Layer, folded, kronecker_as_lora
 from .layouts import at_one_rank, to_diffusers, to_native
 from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata, read_metadata
 from .spelling import style_of, write_layer
@@ -103,8 +104,9 @@ def load_adapter(
 ) -> LoadedAdapter:
     """Reads an adapter of any style for training it further or drawing with it.
 
-    Parts for text encoders are left out, with a warning. ValueError names a file that is no adapter, or that cannot
-    be had in this layout.
+    Parts for text encoders are left out, with a warning. A LoKr comes back as a LoRA where it was trained in another
+    layout or with another tool, for peft alone decides how layers are factored. ValueError names a file that is no
+    adapter, or that cannot be had in this layout.
     """
     file = read_adapter(path)
     _refuse_unknown(file)
@@ -114,10 +116,13 @@ def load_adapter(
     layers = {name: layer for name, layer in file.layers.items() if not name.startswith(TEXT_ENCODER)}
     if left_out := len(file.layers) - len(layers):
         logger.warning("%s: left out %d layers of text encoders", path, left_out)
-    layout = layout or file.header.get(LAYOUT_KEY)
+    trained = file.header.get(LAYOUT_KEY)
+    layout = layout or trained
+    if not file.about or (layout != trained and family in TRANSFORMERS):
+        layers = {n: kronecker_as_lora(layer) if layer.method == "lokr" else layer for n, layer in layers.items()}
     if layout and family in FAMILIES:
         layers = _in_layout(file, layers, family, layout)
-    elif layout and layout != file.header.get(LAYOUT_KEY):
+    elif layout != trained:
         raise ValueError(f"{path}: its layers cannot be renamed, because its family is not recognised: give the family")
     layers = renormed(layers, file.header.get(NORM_KEY, MERGED), MERGED, weights)
     if family in FAMILIES:
@@ -226,7 +231,7 @@ def _as_peft(about: AdapterMetadata | None, layers: Mapping[str, Layer], family:
     if about and method == "lokr":
         rank = about.rank  # it says which factors are products, and may appear in none
     scale = about.scale if about else scales.pop() if len(scales) == 1 else 1.0
-    if about and rank == about.rank:
+    if about and rank == about.rank and (method == about.method or about.method == "rslora"):
         method, alpha = about.method, about.alpha if about.alpha is not None else float(rank)
     else:
         alpha = scale * rank

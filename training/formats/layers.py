@@ -88,8 +88,9 @@ def split(layer: Layer, parts: int, present: Sequence[bool] | None = None) -> tu
 def merged(layers: Sequence[Layer | None]) -> Layer | None:
     """One layer for stacked parts; None where no such adapter exists. A part that is None is left as it is.
 
-    Parts that share their input side, as :func:`split` makes them, keep it. Otherwise the parts' ranks add up: [B_q A_q; B_k A_k; B_v A_v] = diag(B_q, B_k, B_v) [A_q; A_k; A_v], and likewise for both
-    products of LoHa. A Kronecker product or a rotation of inputs has no such form.
+    Parts that share their input side, as :func:`split` makes them, keep it. Otherwise the parts' ranks add up:
+    [B_q A_q; B_k A_k; B_v A_v] = diag(B_q, B_k, B_v) [A_q; A_k; A_v], and likewise for both products of LoHa.
+    A Kronecker product or a rotation of inputs has no such form.
     """
     first = next(layer for layer in layers if layer is not None)
     method, names, scale = first.method, set(first.tensors), first.scale
@@ -169,6 +170,20 @@ def padded(layer: Layer, rank: int) -> Layer:
         after = (0, 0) * (tensors[outer].dim() - 2) + (0, more)
         tensors[outer] = F.pad(tensors[outer], after)
     return replace(layer, tensors=tensors)
+
+
+def kronecker_as_lora(layer: Layer) -> Layer:
+    """The same effect as a LoRA, of up to full rank: W1 (x) U V = (W1 (x) U) (1 (x) V). Not for Tucker forms."""
+    tensors = layer.tensors
+    first, second = _kron_factor(tensors, "lokr_w1"), tensors.get("lokr_w2")
+    if second is None:
+        u, v = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    else:
+        u, v = second.flatten(1), torch.eye(second[0].numel()).to(second)
+    a, b = torch.kron(torch.eye(first.shape[1]).to(v), v), torch.kron(first, u)
+    if len(a) > min(b.shape[0], a.shape[1]):
+        a, b = (b @ a, torch.eye(len(b)).to(b)) if b.shape[0] < a.shape[1] else (torch.eye(a.shape[1]).to(a), b @ a)
+    return Layer("lora", {"A": a, "B": b}, layer.scale)
 
 
 def product(layer: Layer) -> Tensor:

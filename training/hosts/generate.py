@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..denoiser import Conditioning
 from ..noise import gaussian
 from ..randomness import generator
 from ..sampling import sample
@@ -48,7 +49,7 @@ def generate(
     return host.decode_latents(latents).cpu()
 
 
-def with_extras(conditioning: dict[str, Tensor], extras: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_extras(conditioning: Conditioning, extras: Conditioning) -> Conditioning:
     """The conditioning of a batch with a host's extra entries, (1, …) each, repeated for every row."""
     rows = len(next(iter(conditioning.values())))
     return {**conditioning, **{name: value.expand(rows, *value.shape[1:]) for name, value in extras.items()}}
