@@ -37,6 +37,6 @@ def open_comfyui(base: Path, device: str) -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  parses sys.argv once, now
+        import comfy.cli_args
     finally:
         sys.argv = arguments

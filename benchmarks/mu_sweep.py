@@ -25,6 +25,7 @@ from package import load_package
 load_package()
 
 import torch  # noqa: E402
+
 from stylewright.training.adapters.methods import AdapterConfig  # noqa: E402
 from stylewright.training.data.encoding import encode  # noqa: E402
 from stylewright.training.data.items import items_from_memory  # noqa: E402

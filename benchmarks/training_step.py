@@ -115,9 +115,7 @@ def measure(connections: dict[str, Connection], options: argparse.Namespace) -> 
         for name, connection in connections.items():
             rounds[name].append(ask(name, connection, "round"))
             print(f"round {number + 1} of {options.rounds}: {name} {1e3 * rounds[name][-1]:.0f} ms", file=sys.stderr)
-    return {
-        name: Result(min(seconds), statistics.median(seconds), **costs[name]) for name, seconds in rounds.items()
-    }
+    return {name: Result(min(seconds), statistics.median(seconds), **costs[name]) for name, seconds in rounds.items()}
 
 
 def ask(name: str, connection: Connection, question: str) -> Any:

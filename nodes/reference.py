@@ -34,7 +34,11 @@ class ReferenceNode(io.ComfyNode):
                     tooltip="What the first picture shows; further pictures show the subjects after it in this list.",
                 ),
                 io.Int.Input(
-                    "count", default=1, min=1, max=len(SUBJECTS), tooltip="How many pictures. One is enough for a style."
+                    "count",
+                    default=1,
+                    min=1,
+                    max=len(SUBJECTS),
+                    tooltip="How many pictures. One is enough for a style.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -47,7 +51,9 @@ class ReferenceNode(io.ComfyNode):
             outputs=[
                 io.Image.Output("images", tooltip="The pictures, 128x128."),
                 io.String.Output("captions", tooltip="What each picture shows, one line a picture, without the style."),
-                io.String.Output("style_phrase", tooltip="A free word of the model's vocabulary, to name the style by."),
+                io.String.Output(
+                    "style_phrase", tooltip="A free word of the model's vocabulary, to name the style by."
+                ),
             ],
         )
 

@@ -17,7 +17,8 @@ def links() -> list[io.Input]:
     """The sockets."""
     return [
         io.Model.Input(
-            "model", tooltip="What is trained. LoRAs and patches of nodes before count as part of it, and it stays as is."
+            "model",
+            tooltip="What is trained. LoRAs and patches of nodes before count as part of it, and it stays as is.",
         ),
         io.Clip.Input("clip", tooltip="The model's text encoder: captions are encoded once, before training."),
         io.Vae.Input("vae", tooltip="The model's VAE: pictures are encoded once, before training."),
@@ -34,7 +35,11 @@ def plain() -> list[io.Input]:
     """The widgets that are always shown, in order."""
     return [
         io.Int.Input(
-            "steps", default=300, min=1, max=1_000_000, tooltip="Optimizer steps. The paper: 300 for a style of one picture."
+            "steps",
+            default=300,
+            min=1,
+            max=1_000_000,
+            tooltip="Optimizer steps. The paper: 300 for a style of one picture.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -46,7 +51,11 @@ def plain() -> list[io.Input]:
             tooltip="1e-4 is the paper's. About 1 for the optimizer prodigy, which finds its own.",
         ),
         io.Int.Input(
-            "rank", default=32, min=1, max=1024, tooltip="Size of the adapter: how much it can learn, and its file's size."
+            "rank",
+            default=32,
+            min=1,
+            max=1024,
+            tooltip="Size of the adapter: how much it can learn, and its file's size.",
         ),
         io.Float.Input(
             "alpha",
@@ -133,10 +142,21 @@ def advanced() -> list[io.Input]:
             tooltip="How the learning rate goes over the run.",
         ),
         io.Int.Input(
-            "warm_up", default=0, min=0, max=100_000, advanced=True, tooltip="Steps over which the learning rate grows first."
+            "warm_up",
+            default=0,
+            min=0,
+            max=100_000,
+            advanced=True,
+            tooltip="Steps over which the learning rate grows first.",
         ),
         io.Float.Input(
-            "weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True, tooltip="Pulls the adapter to zero."
+            "weight_decay",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            advanced=True,
+            tooltip="Pulls the adapter to zero.",
         ),
         io.Float.Input(
             "clip_norm",

@@ -45,6 +45,8 @@ HEAVY = {
     "accelerate", "bitsandbytes", "diffusers", "matplotlib", "peft", "prodigyopt", "schedulefree", "scipy",
     "torchvision", "transformers",
 }  # fmt: skip
+UNSAFE = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "subprocess"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"}
 NOT_INSTALLED = {"bitsandbytes", "torch"}  # torch comes with ComfyUI or an extra; bitsandbytes is the user's choice
 COMMAND_LINE = {"rich", "typer"}  # at the top of training/cli only, which nothing else imports
 
@@ -71,6 +73,10 @@ def python_files(folder: str, root: Path = ROOT) -> list[Path]:
     files = sorted((root / folder).rglob("*.py"))
     assert files, f"no Python files in {folder}/"
     return files
+
+
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _deferred(tree: ast.Module) -> set[ast.AST]:
@@ -103,7 +109,7 @@ def _resolve(file: Path, node: ast.ImportFrom, root: Path) -> list[str]:
 
 
 def imports_of(file: Path, root: Path = ROOT) -> list[Import]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = _tree(file)
     deferred = _deferred(tree)
     name = file.relative_to(root).as_posix()
     found = []
@@ -189,6 +195,15 @@ def test_our_own_imports_are_relative():
 def test_heavy_libraries_are_imported_where_they_are_used():
     wrong = [i for folder in ("training", "nodes") for i in imports_in(folder) if heavy_at_import(i)]
     assert not wrong, listed(wrong)
+
+
+def test_nothing_is_unpickled_or_executed():
+    """Also what the registry's scanner looks for: a flagged version is invisible until somebody has looked at it."""
+    wrong = [i for folder in ("training", "nodes") for i in imports_in(folder) if i.package in UNSAFE]
+    assert not wrong, listed(wrong)
+    for file in python_files("training") + python_files("nodes"):
+        called = {ast.unparse(node.func) for node in ast.walk(_tree(file)) if isinstance(node, ast.Call)}
+        assert not called & UNSAFE_CALLS, f"{file} calls {called & UNSAFE_CALLS}"
 
 
 def test_no_module_imports_itself_through_others():

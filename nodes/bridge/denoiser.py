@@ -56,7 +56,9 @@ class ComfyDenoiser:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
         if not self._frames:
             return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
-        return self._model.model.apply_model(x[:, :, None], sigma, transformer_options=options, **conds).float()[:, :, 0]
+        return self._model.model.apply_model(x[:, :, None], sigma, transformer_options=options, **conds).float()[
+            :, :, 0
+        ]
 
     def _model_conds(self, x: Tensor, conditioning: Conditioning, row: int) -> dict:
         """ComfyUI's conds of one row, made once for every prompt, guidance and latent size."""

@@ -44,7 +44,9 @@ def free_adapter_path(pattern: str) -> Path:
     """
     parts = PurePath(pattern.replace("\\", "/"))
     if not parts.name or parts.is_absolute() or ".." in parts.parts or parts.drive:
-        raise ValueError(f"the file name {pattern!r} does not name a file inside models/loras: for example 'styles/mine'")
+        raise ValueError(
+            f"the file name {pattern!r} does not name a file inside models/loras: for example 'styles/mine'"
+        )
     base = Path(folder_paths.get_folder_paths(ADAPTERS)[0])
     require_writable(base / parts.parent)
     folder, name, counter, _, _ = folder_paths.get_save_image_path(parts.as_posix(), str(base))

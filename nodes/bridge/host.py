@@ -6,6 +6,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...training.data.cache import settle
 from ...training.hosts.host import Host
 from ...training.noise import log_snr_of_time
 from .denoiser import ComfyDenoiser
@@ -35,14 +36,14 @@ def comfy_host(
             # One by one: a video VAE takes a batch for the frames of one film.
             latents = [vae.encode(image[None].movedim(1, -1)) for image in images]
             latents = torch.cat([model.model.process_latent_in(latent).float() for latent in latents])
-        return (latents[:, :, 0] if latents.ndim == 5 else latents).clone()
+        return settle(latents[:, :, 0] if latents.ndim == 5 else latents)
 
     def decode_latents(latents: Tensor) -> Tensor:
         with torch.inference_mode():
             latents = latents[:, :, None] if film else latents
             pictures = vae.decode(model.model.process_latent_out(latents.float().clone()))  # some write in place
             pictures = pictures.flatten(0, -4).movedim(-1, 1).float().clamp(0, 1)
-        return pictures.clone()
+        return settle(pictures)
 
     def schedule(steps: int, tokens: int) -> Tensor:
         sampling = model.get_model_object("model_sampling")

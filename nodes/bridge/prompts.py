@@ -7,6 +7,7 @@ core moves rows of tensors about, so it is handed row numbers, and the answers s
 import comfy.sd
 import torch
 
+from ...training.data.cache import settle
 from ...training.denoiser import Conditioning
 
 PROMPT = "prompt"  # (b,) int64: rows of a PromptTable
@@ -45,9 +46,5 @@ def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
     ((cross_attention, rest),) = answers
     if not cross_attention.isfinite().all():
         raise ValueError(f"the text encoding of {prompt!r} contains NaN or infinity: run the text encoder in float32")
-    return {key: _outside_inference(value) for key, value in {**rest, "cross_attn": cross_attention}.items()}
-
-
-def _outside_inference(value: object) -> object:
-    """Tensors as ordinary ones, which autograd accepts. Called outside inference mode."""
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    answer = {**rest, "cross_attn": cross_attention}
+    return {key: settle(value) if isinstance(value, torch.Tensor) else value for key, value in answer.items()}

@@ -90,7 +90,7 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
         caption_dropout=config.caption_dropout,
         progress=progress.encoded,
     )
-    prompts = [styled(prompt, config.style_phrase) for prompt in config.sample_prompts]
+    prompts = sample_prompts(config)
     host.encode_prompts(prompts)  # now: loading the text encoder later could push the model out of memory
     latent = dataset.examples[0].latent
     memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
@@ -113,7 +113,7 @@ def _train(
     sockets: Sockets, job: Job, host: Host, dataset: Dataset, run_dir: Path, progress: TrainingProgress
 ) -> TrainResult:
     config = job.config
-    prompts = [styled(prompt, config.style_phrase) for prompt in config.sample_prompts]
+    prompts = sample_prompts(config)
 
     def sample(step: int) -> Tensor:
         return generate(host, prompts, seed=config.seed, steps=job.sample_steps, guidance_scale=job.sample_cfg)
@@ -130,6 +130,12 @@ def _train(
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
     )
+
+
+def sample_prompts(config: TrainConfig) -> list[str]:
+    """What is drawn while training: the user's prompts, in the style's own words."""
+    phrase = config.style_phrase
+    return [styled(prompt, phrase) if phrase else prompt for prompt in config.sample_prompts]
 
 
 def publish(source: Path, target: Path, model: comfy.model_patcher.ModelPatcher, method: str) -> None:

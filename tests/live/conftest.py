@@ -22,7 +22,7 @@ sys.modules["workflow_api"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["workflow_api"])
 
 START = 240  # seconds that a server may take on a busy machine
-NAME = "a pack under any name"  # of the folder in custom_nodes
+NAME = "any_name-v1.2"  # of the folder in custom_nodes
 
 
 @dataclass

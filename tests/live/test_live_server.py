@@ -1,7 +1,6 @@
 """A live ComfyUI with the pack in custom_nodes: nodes, help, locales, templates, and start-up without complaints."""
 
 import json
-import urllib.parse
 
 import pytest
 
@@ -11,7 +10,7 @@ OURS = {
     "StyleDataset", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader", "StylewrightEmbeddedModel",
     "StylewrightReference",
 }  # fmt: skip
-PACK = "a%20pack%20under%20any%20name"
+PACK = "any_name-v1.2"  # the folder in custom_nodes
 
 
 def ours(server):
@@ -67,7 +66,7 @@ def test_locales_name_what_exists(server):
 def test_workflows_are_offered_as_templates(server, repository):
     offered = server.json("workflow_templates")
     names = sorted(path.stem for path in (repository / "workflows").glob("*.json"))
-    assert names and sorted(offered[urllib.parse.unquote(PACK)]) == names
+    assert names and sorted(offered[PACK]) == names
     for name in names:
         served = server.json(f"api/workflow_templates/{PACK}/{name}.json")
         assert served == json.loads((repository / "workflows" / f"{name}.json").read_text())
@@ -76,10 +75,9 @@ def test_workflows_are_offered_as_templates(server, repository):
 def test_a_wrong_link_is_refused_before_anything_runs(server):
     prompt = {
         "1": {"class_type": "StylewrightEmbeddedModel", "inputs": {}},
-        "2": {"class_type": "StyleLoRALoader", "inputs": {"model": ["1", 1], "lora_name": "none.safetensors"}},
+        "2": {"class_type": "VAEDecode", "inputs": {"samples": ["1", 0], "vae": ["1", 2]}},
         "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
     }
     answer = server.post("prompt", {"prompt": prompt})
     assert answer["error"]["type"] == "prompt_outputs_failed_validation"
-    kinds = {error["type"] for node in answer["node_errors"].values() for error in node["errors"]}
-    assert {"value_not_in_list", "return_type_mismatch", "required_input_missing"} <= kinds
+    assert [error["type"] for error in answer["node_errors"]["2"]["errors"]] == ["return_type_mismatch"]

@@ -92,7 +92,9 @@ def test_an_interrupted_training_keeps_its_adapter_and_continues(quick_start, se
     assert len(runs) == 1 and (runs[0] / "checkpoint.safetensors").exists()
     done = json.loads((runs[0] / "events.jsonl").read_text().splitlines()[-1])["step"]
     result = server.run(prompt, interrupt_at=done + 10)
-    first = next(m["data"]["value"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer)
+    first = next(
+        m["data"]["value"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer
+    )
     assert first > done
     assert list((server.base / "output" / "stylewright").glob("interrupted-*")) == runs
 

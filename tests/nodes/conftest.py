@@ -61,6 +61,16 @@ TINY = {
         },
         4, 24, None,
     ),
+    # A picture is a film of one frame here, and the family has no presets of ours.
+    "qwen": (
+        "QwenImage",
+        {
+            "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2,
+            "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        16, 32, None,
+    ),
 }  # fmt: skip
 DETECTION_ONLY = ("use_temporal_attention", "attention_resolutions")
 
@@ -127,6 +137,7 @@ def latent_channels():
 def random_weights(tmp_path_factory) -> Path:
     """Files like the shipped ones, of random weights."""
     from safetensors.torch import save_file
+
     from stylewright.training.embedded.autoencoder import new_autoencoder, save_autoencoder
     from stylewright.training.embedded.text import TextEncoder
     from stylewright.training.embedded.transformer import new_transformer, save_transformer

@@ -7,8 +7,8 @@ import torch
 
 pytestmark = pytest.mark.comfy
 
-FAMILIES = ("sd15", "sdxl", "flux", "sd3", "pixart")
-SIZES = {family: (16, 24) for family in FAMILIES} | {"pixart": (48, 64)}  # PixArt counts positions from a base size
+FAMILIES = ("sd15", "sdxl", "flux", "sd3", "pixart", "qwen")
+SIZES = dict.fromkeys(FAMILIES, (16, 24)) | {"pixart": (48, 64)}  # PixArt counts positions from a base size
 
 
 def x0_of_comfyui(model, clip, prompt, x, sigma):
@@ -25,7 +25,9 @@ def x0_of_comfyui(model, clip, prompt, x, sigma):
     guider.set_conds(clip.encode_from_tokens_scheduled(prompt), [])
     guider.set_cfg(1.0)
     sigmas = torch.tensor([float(sigma), 0.0])
-    guider.sample(torch.zeros_like(x), torch.zeros_like(x), comfy.samplers.KSAMPLER(call_once), sigmas, disable_pbar=True)
+    guider.sample(
+        torch.zeros_like(x), torch.zeros_like(x), comfy.samplers.KSAMPLER(call_once), sigmas, disable_pbar=True
+    )
     return answers[0]
 
 
@@ -53,7 +55,8 @@ def test_predictions_are_what_comfyui_samples_with(family, log_snr, tiny, tiny_c
         sigma = math.exp(-log_snr / 2) if denoiser.process == "vp" else 1 / (1 + math.exp(log_snr / 2))
         x = x_t * math.sqrt(1 + sigma**2) if denoiser.process == "vp" else x_t
     with torch.inference_mode():
-        expected = x0_of_comfyui(model, clip, "a red star", x, torch.tensor(sigma))
+        x = x[:, :, None] if family == "qwen" else x
+        expected = x0_of_comfyui(model, clip, "a red star", x, torch.tensor(sigma)).reshape(x_t.shape)
     assert prediction.dtype == torch.float32
     torch.testing.assert_close(x0, expected.clone(), rtol=1e-4, atol=1e-4 * float(expected.std()))
 
@@ -98,7 +101,7 @@ def test_ranges_and_kinds(tiny, tiny_clip):
             assert denoiser.log_snr_range == (-math.inf, math.inf)
     assert kinds == {
         "sd15": ("sd15", "vp", "eps"), "sdxl": ("sdxl", "vp", "eps"), "flux": ("flux", "flow", "flow"),
-        "sd3": ("sd3", "flow", "flow"), "pixart": ("pixart", "vp", "eps"),
+        "sd3": ("sd3", "flow", "flow"), "pixart": ("pixart", "vp", "eps"), "qwen": ("other", "flow", "flow"),
     }  # fmt: skip
     assert denoiser_of(tiny("sd15"), tiny_clip("sd15"))[0].log_snr_range == pytest.approx((-5.364, 7.069), abs=1e-2)
 

@@ -46,6 +46,7 @@ def test_a_subclass_that_hides_its_memory_is_copied():
 @pytest.mark.parametrize("fail", [False, True])
 def test_everything_is_put_back(fail, tiny):
     import comfy.model_management as management
+
     from stylewright.nodes.bridge.session import training_session
 
     model = tiny("flux")

@@ -134,6 +134,7 @@ def test_a_run_gives_an_adapter_that_stock_nodes_take(embedded, dataset, folders
 
 def test_our_loader_equals_the_stock_one(embedded, dataset, folders):
     from comfy_extras.nodes_train import LoraModelLoader
+
     from stylewright.nodes.bridge.adapters import apply_adapter, read_tensors
 
     lora, _, path = run(embedded, dataset)
@@ -173,17 +174,16 @@ def interrupt_at():
     comfy.model_management.interrupt_current_processing(False)
 
 
-def test_an_interrupted_run_keeps_its_adapter_and_continues(embedded, dataset, folders, interrupt_at, monkeypatch):
+def test_an_interrupted_run_keeps_its_adapter_and_continues(embedded, dataset, folders, interrupt_at):
     import comfy.model_management
     import comfy.utils
-    from stylewright.training.loops import recorder
 
-    monkeypatch.setattr(recorder, "LONGEST_SILENCE", 0.0)  # a report after every step
+    sampled = {"sample_prompt": "tree", "sample_every": 2}  # a report after step 2
     loras, output = folders
     before = predict(embedded.model, embedded.clip)
     interrupt_at(2)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        run(embedded, dataset)
+        run(embedded, dataset, **sampled)
     comfy.utils.set_progress_bar_global_hook(None)
     assert not comfy.model_management.in_training
     assert torch.equal(predict(embedded.model, embedded.clip), before)
@@ -216,6 +216,7 @@ def test_sample_pictures_are_previews(embedded, dataset, folders):
 def test_every_method_lands_complete_in_the_stock_loader(method, embedded, dataset, folders):
     import comfy.lora
     import comfy.sd
+
     from stylewright.nodes.bridge.adapters import fit
 
     lora, _, path = run(embedded, dataset, method=method, learning_rate=5e-3)

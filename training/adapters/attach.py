@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..randomness import generator
+from .low_rank import low_rank_products
 from .methods import AdapterConfig, check_layers, peft_config
 from .targets import resolve_targets, target_patterns
 
@@ -102,7 +103,8 @@ def attached(
             _initialise(name, tensor, config, generator(seed, "adapter", name), dtype)
         for layer in layers.values():
             _measure_magnitudes(layer)
-        yield Adapter(config, layers, tensors)
+        with low_rank_products(layers.values()):
+            yield Adapter(config, layers, tensors)
 
 
 def _refuse_adapted(module: nn.Module) -> None:

@@ -28,7 +28,13 @@ td { font-variant-numeric: tabular-nums; }
 
 
 def write_page(
-    path: Path, *, title: str, introduction: str, rows: Sequence[Row], plots: Sequence[str], table: Sequence[Sequence[str]]
+    path: Path,
+    *,
+    title: str,
+    introduction: str,
+    rows: Sequence[Row],
+    plots: Sequence[str],
+    table: Sequence[Sequence[str]],
 ) -> None:
     """Writes the page; the first row of ``table`` is its head."""
     strips = "\n".join(

@@ -38,7 +38,11 @@ _everywhere = (-float("inf"), float("inf"))
 
 def _strips(experiment: Experiment, out: Path) -> list[Row]:
     options = experiment.options
-    rows = [_strip(out, "reference", "Reference", f"all that training sees: a {options.subject}", experiment.reference[None])]
+    rows = [
+        _strip(
+            out, "reference", "Reference", f"all that training sees: a {options.subject}", experiment.reference[None]
+        )
+    ]
     if experiment.truth is not None:
         rows.append(_strip(out, "truth", "The truth", "what a perfect answer looks like", experiment.truth))
     rows.append(_strip(out, "before", "Before", _in_words(experiment.before.score), experiment.before.pictures))

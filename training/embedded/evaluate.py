@@ -45,10 +45,16 @@ def _prompts(n: int, seed: int, kind: str, phrases: list[tuple[str, Style]]) -> 
     return [Prompt(f"{SUBJECTS[subject]} in {phrase} style", subject, style) for subject, phrase, style in rows]
 
 
-PROMPT_SETS = {"known styles, by words": by_words, "known styles, by name": by_name, "unseen combinations": unseen_combinations}
+PROMPT_SETS = {
+    "known styles, by words": by_words,
+    "known styles, by name": by_name,
+    "unseen combinations": unseen_combinations,
+}
 
 
-def judge(host: Host, oracle: Oracle, prompts: list[Prompt], *, seed: int, guidance_scale: float, steps: int = 20) -> Scores:
+def judge(
+    host: Host, oracle: Oracle, prompts: list[Prompt], *, seed: int, guidance_scale: float, steps: int = 20
+) -> Scores:
     """Draws every prompt once and scores the pictures."""
     pictures = draw(host, [prompt.text for prompt in prompts], seed=seed, guidance_scale=guidance_scale, steps=steps)
     subjects = torch.tensor([prompt.subject for prompt in prompts])

@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 from .renderer import EDGES, FILLS, GROUNDS, PALETTES, SUBJECTS, Style
 
-HEADS = {"subject": len(SUBJECTS), "palette": len(PALETTES), "ground": len(GROUNDS), "fill": len(FILLS), "edge": len(EDGES)}
+HEADS = {
+    "subject": len(SUBJECTS),
+    "palette": len(PALETTES),
+    "ground": len(GROUNDS),
+    "fill": len(FILLS),
+    "edge": len(EDGES),
+}
 STYLE_HEADS = ("palette", "ground", "fill", "edge")
 
 

@@ -7,13 +7,14 @@ renderer the right picture for any prompt can be drawn: style and subject scores
 Canvas coordinates run over [-1, 1] with y downwards; images are float32 (b, 3, size, size) in [0, 1].
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .outlines import REACH, distance_fields
 
 SIZE = 128  # pixels; 64 image tokens of the small FLUX
 
@@ -56,9 +57,7 @@ class Style:
 
     @classmethod
     def named(cls, palette: str, ground: str, fill: str, edge: str) -> "Style":
-        return cls(
-            tuple(PALETTES).index(palette), GROUNDS.index(ground), FILLS.index(fill), EDGES.index(edge)
-        )
+        return cls(tuple(PALETTES).index(palette), GROUNDS.index(ground), FILLS.index(fill), EDGES.index(edge))
 
     @property
     def words(self) -> tuple[str, str, str, str]:
@@ -124,15 +123,15 @@ def colours(palette: Tensor) -> Tensor:
 
 def random_colours(n: int, generator: torch.Generator) -> Tensor:
     """Palettes without a name: two related ground colours and two figure colours that stand out, (n, 4, 3)."""
-    pool = 32  # candidates per palette; the most legible of them is kept
+    pool = 32  # drawn per palette; only the first four are looked at, but what training saw depends on all draws
     ground = torch.rand(n, pool, 3, generator=generator)
     second = (ground + 0.22 * torch.randn(n, pool, 3, generator=generator)).clamp(0, 1)
     figures = torch.rand(n, pool, 2, 3, generator=generator)
     candidates = torch.cat([ground[:, :, None], second[:, :, None], figures], 2)
     contrast = torch.cdist(candidates[:, :, :2], candidates[:, :, 2:]).amin((-2, -1))
     contrast = contrast + 0.5 * (ground - second).norm(dim=-1).clamp(max=0.35)
-    # Not the maximum, which would give only black against white: the best of a random four.
-    best = contrast.view(n, 8, 4).argmax(-1)[:, :1]
+    # The most legible of four: the best of many would always be black against white.
+    best = contrast[:, :4].argmax(-1, keepdim=True)
     return candidates[torch.arange(n)[:, None], best].squeeze(1)
 
 
@@ -196,9 +195,7 @@ def _grounds(x: Tensor, y: Tensor, pixel: float) -> Tensor:
     return torch.stack([patterns[name] for name in GROUNDS])
 
 
-def _figure(
-    scene: Scene, distance: Tensor, along: Tensor, x: Tensor, y: Tensor, pixel: float
-) -> tuple[Tensor, Tensor]:
+def _figure(scene: Scene, distance: Tensor, along: Tensor, x: Tensor, y: Tensor, pixel: float) -> tuple[Tensor, Tensor]:
     """The figure's colours (b, 3, h, w) and the signed distance (b, h, w) of the area that they fill."""
     fill = scene.fill.view(-1, 1, 1)
     hatching = _square_wave((x - y) / math.sqrt(2), 0.17, pixel)
@@ -224,74 +221,6 @@ def _subject_distance(scene: Scene, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     dx = (x - scene.centre[:, 0].view(-1, 1, 1)) / scale
     dy = (y - scene.centre[:, 1].view(-1, 1, 1)) / scale
     local = torch.stack([cos * dx + sin * dy, cos * dy - sin * dx], -1)
-    field = _distance_fields()[scene.subject][:, None]
-    distance = F.grid_sample(field, local / _REACH, padding_mode="border", align_corners=False)
+    field = distance_fields(SUBJECTS)[scene.subject][:, None]
+    distance = F.grid_sample(field, local / REACH, padding_mode="border", align_corners=False)
     return distance[:, 0] * scale, ((local[..., 1] + 1) / 2).clamp(0, 1)
-
-
-_REACH = 2.6  # half-width of the square on which the distance fields are tabulated
-
-
-@functools.cache
-def _distance_fields(resolution: int = 320) -> Tensor:
-    """Signed distance of each subject, (10, resolution, resolution), tabulated once."""
-    step = 2 * _REACH / resolution
-    axis = (torch.arange(resolution) + 0.5) * step - _REACH
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    points = torch.stack([x, y], -1).view(-1, 2)
-    outlines = _outlines()
-    return torch.stack([_polygon_distance(points, outlines[name]).view(resolution, resolution) for name in SUBJECTS])
-
-
-def _polygon_distance(points: Tensor, vertices: Tensor) -> Tensor:
-    """Signed distance (n,) of points (n, 2) to a simple polygon (m, 2); negative inside (even-odd rule)."""
-    nearest = torch.full((len(points),), math.inf)
-    inside = torch.zeros(len(points), dtype=torch.bool)
-    for a, b in zip(vertices, vertices.roll(-1, 0), strict=True):
-        edge, offset = b - a, points - a
-        t = ((offset @ edge) / (edge @ edge)).clamp(0, 1)
-        nearest = torch.minimum(nearest, (offset - t[:, None] * edge).norm(dim=1))
-        crosses = (a[1] > points[:, 1]) != (b[1] > points[:, 1])
-        inside ^= crosses & (offset[:, 0] < offset[:, 1] * edge[0] / torch.where(edge[1] == 0, 1.0, edge[1]))
-    return torch.where(inside, -nearest, nearest)
-
-
-def _outlines() -> dict[str, Tensor]:
-    """The subjects as polygons of about unit radius."""
-    turn = torch.linspace(0, 2 * math.pi, 97)[:-1]
-    corner = torch.arange(10) * math.pi / 5 - math.pi / 2
-    spike = torch.where(torch.arange(10) % 2 == 0, 1.05, 0.45)
-    sin, cos = torch.sin(turn), torch.cos(turn)
-    outer, inner = torch.linspace(0.9, 2 * math.pi - 0.9, 64), torch.linspace(2 * math.pi - 1.38, 1.38, 64)
-    return {
-        "circle": 0.88 * torch.stack([cos, sin], 1),
-        "square": torch.tensor([[-0.78, -0.78], [0.78, -0.78], [0.78, 0.78], [-0.78, 0.78]]),
-        "triangle": torch.tensor([[0.0, -0.95], [0.98, 0.75], [-0.98, 0.75]]),
-        "star": torch.stack([spike * torch.cos(corner), spike * torch.sin(corner)], 1),
-        "heart": torch.stack(
-            [
-                0.92 * sin**3,
-                -0.06 * (13 * cos - 5 * torch.cos(2 * turn) - 2 * torch.cos(3 * turn) - torch.cos(4 * turn)) - 0.08,
-            ],
-            1,
-        ),
-        "cross": torch.tensor(
-            [[-0.3, -0.95], [0.3, -0.95], [0.3, -0.3], [0.95, -0.3], [0.95, 0.3], [0.3, 0.3]]
-            + [[0.3, 0.95], [-0.3, 0.95], [-0.3, 0.3], [-0.95, 0.3], [-0.95, -0.3], [-0.3, -0.3]]
-        ),
-        # A disc less a smaller one to its right; the two arcs meet at the horns.
-        "crescent": torch.cat(
-            [
-                torch.stack([torch.cos(outer), torch.sin(outer)], 1) * 0.98,
-                torch.stack([0.45 + 0.78 * torch.cos(inner), 0.78 * torch.sin(inner)], 1),
-            ]
-        ),
-        "arrow": torch.tensor(
-            [[-1.0, -0.3], [0.05, -0.3], [0.05, -0.8], [1.05, 0.0], [0.05, 0.8], [0.05, 0.3], [-1.0, 0.3]]
-        ),
-        "tree": torch.tensor(
-            [[0.0, -1.05], [0.62, -0.2], [0.3, -0.2], [0.85, 0.6], [0.2, 0.6], [0.2, 1.0], [-0.2, 1.0]]
-            + [[-0.2, 0.6], [-0.85, 0.6], [-0.3, -0.2], [-0.62, -0.2]]
-        ),
-        "house": torch.tensor([[0.0, -1.0], [0.95, -0.2], [0.7, -0.2], [0.7, 0.85], [-0.7, 0.85], [-0.7, -0.2], [-0.95, -0.2]]),
-    }

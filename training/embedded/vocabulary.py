@@ -8,7 +8,17 @@ and are what a new style is taught as.
 import re
 from dataclasses import dataclass
 
-from .renderer import EDGES, FILLS, GROUNDS, PALETTES, SEEN_GROUNDS, SEEN_PALETTES, SUBJECTS, Style, held_out_combinations
+from .renderer import (
+    EDGES,
+    FILLS,
+    GROUNDS,
+    PALETTES,
+    SEEN_GROUNDS,
+    SEEN_PALETTES,
+    SUBJECTS,
+    Style,
+    held_out_combinations,
+)
 
 SLOTS = 8  # tokens; there is no mask, so every prompt is padded to the length that was trained
 PAD = 0
@@ -50,7 +60,9 @@ def tokenize(prompt: str) -> Tokens:
     known = [INDEX[word] for word in words if word in INDEX and word != "<pad>"]
     unknown = [word for word in words if word not in INDEX and word not in FUNCTION_WORDS]
     if len(known) > SLOTS:
-        raise ValueError(f"the prompt has {len(known)} words that carry meaning; the embedded model takes at most {SLOTS}: {prompt!r}")
+        raise ValueError(
+            f"the prompt has {len(known)} words that carry meaning; the embedded model takes at most {SLOTS}: {prompt!r}"
+        )
     return Tokens(known + [PAD] * (SLOTS - len(known)), unknown)
 
 
@@ -68,9 +80,12 @@ def named_styles() -> dict[str, Style]:
     held_out, styles = set(held_out_combinations()), {}
     for i, name in enumerate(STYLE_NAMES):
         palette = i % SEEN_PALETTES
-        ground, fill, edge = (i * 5 + i // 12) % SEEN_GROUNDS, (i * 3 + i // 12) % len(FILLS), (i * 2 + i // 6) % len(EDGES)
+        ground, fill, edge = (
+            (i * 5 + i // 12) % SEEN_GROUNDS,
+            (i * 3 + i // 12) % len(FILLS),
+            (i * 2 + i // 6) % len(EDGES),
+        )
         while (style := Style(palette, ground, fill, edge)) in held_out:
             ground = (ground + 1) % SEEN_GROUNDS
         styles[name] = style
     return styles
-

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 
 from .keys import TEXT_ENCODER, UNET_LAYERS, diffusers_names, is_swapped, native_place
-from .layers import Layer, merged, padded, split, swapped_halves
+from .layers import Layer, padded
+from .stacking import merged, split, swapped_halves
 
 Layers = Mapping[str, Layer]  # by layer name, with dots
 

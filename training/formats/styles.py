@@ -56,6 +56,8 @@ def styled(
     """Layers in any layout as the tensors of a file. ValueError where the style cannot hold them."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: expected one of {', '.join(STYLES)}")
+    if style == "diffusers" and any(layer.method == "oft" for layer in layers.values()):
+        raise ValueError("diffusers reads no OFT: use the style peft, or comfyui with the base model at hand")
     wanted = BASE if style == "comfyui" and (weights or norm == BASE) else MERGED
     layers = renormed(layers, norm, wanted, weights)
     if style in ("kohya", "comfyui"):

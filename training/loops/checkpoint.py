@@ -61,7 +61,9 @@ class RunDirectory:
             return None
         try:
             saved = load_state(self.checkpoint)
-            state, old = saved["learner"], {**saved["config"], **saved["identity"]}
+            # Through the dataclass, so that an option which is newer than the file has its default.
+            config_then = config_to_table(config_from_table(saved["config"]))
+            state, old = saved["learner"], {**config_then, **saved["identity"]}
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise IncompatibleCheckpoint(
                 f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}): choose another "
@@ -116,7 +118,7 @@ def open_run(path: Path) -> Iterator[RunDirectory]:
     except Timeout as error:
         raise TrainingError(f"Another process is training in {path}: wait for it, or choose another folder.") from error
     try:
-        for left_by_a_kill in path.glob(".*.tmp"):
+        for left_by_a_kill in [*path.glob(".*.tmp"), *run.samples.glob(".*.tmp")]:
             left_by_a_kill.unlink()
         yield run
     finally:

@@ -84,9 +84,10 @@ def _finite(value: Any) -> Any:
 
 def from_line(line: str) -> Event:
     """The inverse of :func:`to_line`. ValueError for a line that is none."""
-    values = json.loads(line)
+    values: dict[str, Any] = json.loads(line)
     try:
-        return Event(**{**values, "loss_by_bin": tuple(LossBin(**entry) for entry in values["loss_by_bin"])})
+        values["loss_by_bin"] = tuple(LossBin(**entry) for entry in values["loss_by_bin"])
+        return Event(**values)
     except (TypeError, KeyError) as error:
         raise ValueError(f"Not an event of a training run: {line[:80]!r} ({error})") from error
 

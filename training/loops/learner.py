@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..adapters.attach import Adapter
 from .config import TrainConfig
-from .optimizers import OPTIMIZERS, WARMS_UP_ITSELF, build_schedule
+from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, build_schedule
 
 
 class Average:
@@ -47,12 +47,13 @@ class Learner:
     def __init__(self, adapter: Adapter, config: TrainConfig) -> None:
         self.adapter = adapter
         self.parameters: list[nn.Parameter] = list(adapter.parameters())
-        self.optimizer = OPTIMIZERS[config.optimizer](
+        self.optimizer: Any = OPTIMIZERS[config.optimizer](
             self.parameters, config.learning_rate, config.weight_decay, config.warm_up
         )
         warm_up = 0 if config.optimizer in WARMS_UP_ITSELF else config.warm_up
         self.schedule = build_schedule(config.scheduler, self.optimizer, config.steps, warm_up)
         self.average = Average(self.parameters, config.ema_decay)
+        self._switched = config.optimizer in SWITCHED
         self.step = 0  # optimizer steps done
         self.losses: list[float] = []  # mean loss of each
         self.whole = True  # False while an update is under way: what is in memory then belongs to no step
@@ -78,17 +79,16 @@ class Learner:
         The weights in training come back as copies: an optimiser's own way back would lose bits.
         """
         before = [parameter.detach().clone() for parameter in self.parameters]
-        switches = hasattr(self.optimizer, "eval")  # schedule-free keeps its result beside the weights it trains
         try:
             with torch.no_grad():
-                if switches:
+                if self._switched:
                     self.optimizer.eval()
                 for parameter, averaged in zip(self.parameters, self.average.tensors, strict=False):
                     parameter.copy_(averaged)
                 yield
         finally:
             with torch.no_grad():
-                if switches:
+                if self._switched:
                     self.optimizer.train()
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)

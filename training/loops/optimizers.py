@@ -119,5 +119,6 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter], float, float, int], Optimizer]]
     "schedule-free": schedule_free,
 }
 WARMS_UP_ITSELF = {"schedule-free"}
+SWITCHED = {"schedule-free"}  # eval() puts the result into the parameters, train() what is trained
 
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

@@ -63,15 +63,15 @@ class Recorder:
     def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor] | None) -> None:
         """After a step: whatever is due of samples, the report, and the checkpoint."""
         step, config = self._learner.step, self._config
-        sampling = sample is not None and config.sample_every > 0 and step % config.sample_every == 0
+        due = sample if config.sample_every > 0 and step % config.sample_every == 0 else None
         saving = step == config.steps or (config.save_every > 0 and step % config.save_every == 0)
         late = time.monotonic() - self._last_report > LONGEST_SILENCE
-        if not (sampling or saving or late or step % config.report_every == 0):
+        if not (due is not None or saving or late or step % config.report_every == 0):
             return
-        event = self._event(self._draw(sample) if sampling and sample else None)
+        event = self._event(None if due is None else self._draw(due))
         if saving:
             self.save()
-        if event and report:
+        if event is not None and report is not None:
             report(event)
 
     def _draw(self, sample: Callable[[int], Tensor]) -> Tensor:

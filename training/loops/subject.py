@@ -27,7 +27,8 @@ def subject_of(
     """The subject of a run whose adapter is on ``denoiser.module`` now."""
 
     def weights(name: str) -> Tensor:
-        return denoiser.module.get_submodule(name).get_base_layer().weight  # type: ignore[operator]
+        adapted: Any = denoiser.module.get_submodule(name)  # peft's, around the layer
+        return adapted.get_base_layer().weight
 
     pictures = len(dataset.examples)
     return Subject(

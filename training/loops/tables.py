@@ -30,11 +30,10 @@ def from_table(kind: type[T], table: Mapping[str, Any], place: str = "") -> T:
     ``place`` is where the table stands in a larger one, for example ``"adapter."``.
     """
     hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            advice = f"did you mean {place}{near[0]}?" if near else f"expected one of {', '.join(sorted(names))}."
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            advice = f"did you mean {place}{near[0]}?" if near else f"expected one of {', '.join(sorted(hints))}."
             raise ValueError(f"Unknown option {place}{key}: {advice}")
     return kind(**{key: _typed(value, hints[key], place + key) for key, value in table.items()})
 
@@ -42,7 +41,7 @@ def from_table(kind: type[T], table: Mapping[str, Any], place: str = "") -> T:
 def _typed(value: Any, hint: Any, place: str) -> Any:
     """``value`` as ``hint`` wants it: tables become dataclasses, lists tuples, integers floats, all else stays."""
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_table(hint, value, place + ".")  # type: ignore[arg-type]
+        return from_table(hint, value, place + ".")
     if get_origin(hint) in (Union, types.UnionType):
         return _first_that_fits(value, get_args(hint), place)
     if get_origin(hint) is tuple and isinstance(value, list | tuple):

@@ -110,11 +110,11 @@ class Tree(nn.Module):
         return self.get_submodule(name).weight.detach().clone()
 
 
-def as_diffusers(family, native):
+def as_diffusers(family, native, unet_layers=2):
     """The same weights (name -> tensor) under diffusers names; fused ones cut by the sizes that a transformer has."""
     parts = {}
     for name, weight in native.items():
-        names = diffusers_names(family, name)
+        names = diffusers_names(family, name, unet_layers)
         halves = name.endswith("adaLN_modulation.1") and weight.shape[0] == 2 * weight.shape[1]
         weight = swap_halves(weight) if halves else weight
         parts |= dict(zip(names, split_rows(weight, len(names), weight.shape[1]), strict=True))

@@ -16,7 +16,7 @@ import torch
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.errors import IncompatibleCheckpoint, TrainingError
 from stylewright.training.formats.adapters import load_adapter
-from stylewright.training.formats.state import load_state
+from stylewright.training.formats.state import load_state, save_state
 from stylewright.training.loops import checkpoint
 from stylewright.training.loops.checkpoint import open_run, read_config
 from stylewright.training.loops.config import config_from_table
@@ -100,6 +100,16 @@ def test_what_does_not_change_the_run_may_change(run_to):
     result, folder = run_to("run", steps=6, save_every=1, report_every=1, sample_every=2, sample_prompts=("a cat",))
     assert result.steps_done == 6
     assert read_config(folder).save_every == 1
+
+
+def test_a_checkpoint_from_before_an_option_was_there_has_its_default(run_to):
+    _, folder = run_to("run", steps=4)
+    saved = load_state(folder / "checkpoint.safetensors")
+    del saved["config"]["offset_noise"]
+    save_state(folder / "checkpoint.safetensors", saved)
+    with pytest.raises(IncompatibleCheckpoint, match=r"offset_noise was 0\.0 and is 0\.1"):
+        run_to("run", steps=5, offset_noise=0.1)
+    assert run_to("run", steps=5)[0].steps_done == 5
 
 
 def test_a_schedule_that_ends_with_the_run_cannot_be_extended(run_to):

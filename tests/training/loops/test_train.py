@@ -71,23 +71,29 @@ def test_the_loss_falls(run_to, optimizer):
     assert sum(result.losses[-10:]) < 0.75 * sum(result.losses[:10])
 
 
-def test_the_first_loss_is_the_papers_formula(denoiser, dataset, make_config):
-    """|| (eps - x0) - v(x_t, t) ||^2 with t = sigmoid(-log_snr / 2), over the draws that the seed gives."""
-    config = make_config(steps=1)
-    uniforms = stratified_uniform(4, generator(config.seed, "log_snr", 0))
-    t = torch.sigmoid(-build_density(config.density, denoiser.log_snr_range, tokens=12).icdf(uniforms) / 2)
+def test_the_loss_is_the_papers_formula(denoiser, dataset, make_config):
+    """|| (eps - x0) - v(x_t, t) ||^2 with t = sigmoid(-log_snr / 2), over the draws that the seed gives.
+
+    At a learning rate that moves nothing, so that the model stays the base model.
+    """
+    config = make_config(steps=2, learning_rate=1e-30)
+    law = build_density(config.density, denoiser.log_snr_range, tokens=12)
     expected = []
-    for place in range(4):
-        batch = dataset.batch(config.seed, 0, place // 2, 2, 2)
-        x0 = batch.latents[place % 2]
-        eps = torch.randn(1, *x0.shape, generator=generator(config.seed, "noise", 0, place))[0]
-        context = batch.conditioning["context"][place % 2 : place % 2 + 1]
-        velocity = denoiser.module(((1 - t[place]) * x0 + t[place] * eps)[None], t[place : place + 1], context)[0]
-        expected.append((eps - x0 - velocity).square().mean())
+    for step in range(2):
+        t = torch.sigmoid(-law.icdf(stratified_uniform(4, generator(config.seed, "log_snr", step))) / 2)
+        losses = []
+        for place in range(4):
+            batch = dataset.batch(config.seed, step, place // 2, 2, 2)
+            x0, row = batch.latents[place % 2], slice(place % 2, place % 2 + 1)
+            eps = torch.randn(1, *x0.shape, generator=generator(config.seed, "noise", step, place))[0]
+            x_t = (1 - t[place]) * x0 + t[place] * eps
+            velocity = denoiser.module(x_t[None], t[place : place + 1], batch.conditioning["context"][row])[0]
+            losses.append((eps - x0 - velocity).square().mean().item())
+        expected.append(sum(losses) / 4)
     result = train(denoiser, dataset, config, run_dir=None)
-    assert result.losses[0] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    assert result.losses == pytest.approx(expected, rel=1e-5)
     bins = result.history[-1].loss_by_bin
-    assert sum(b.loss * b.samples for b in bins) / 4 == pytest.approx(result.losses[0], rel=1e-5)
+    assert sum(b.loss * b.samples for b in bins) / 8 == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_accumulation_equals_one_large_batch(denoiser, dataset, make_config):
@@ -404,3 +410,17 @@ def test_a_weighting_without_effect_is_refused_before_work(denoiser, dataset, ma
     with pytest.raises(ValueError, match="no effect"):
         train(denoiser, dataset, make_config(weighting="x0"), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(denoiser, dataset, make_config, tmp_path):
+    """The draws are the CPU's, a continued run equals a straight one, and a bad loss leaves the last checkpoint."""
+    denoiser.module.cuda()
+    on_cpu = train(type(denoiser)(), dataset, make_config(), run_dir=None)
+    straight = train(denoiser, dataset, make_config(), run_dir=tmp_path / "straight", device="cuda")
+    assert straight.losses == pytest.approx(on_cpu.losses, rel=1e-2)
+    with pytest.raises(NonFiniteLoss, match="step 5"):
+        train(denoiser, spoiling(dataset, at=4), make_config(), run_dir=tmp_path / "bad", device="cuda")
+    assert learner_of(tmp_path / "bad")["step"] == 3
+    again = train(denoiser, dataset, make_config(), run_dir=tmp_path / "bad", device="cuda")
+    assert_same_run((straight, tmp_path / "straight"), (again, tmp_path / "bad"))

@@ -77,7 +77,15 @@ def refine_decoder(work: Path, path: Path, *, seed: int, steps: int = DECODER_ST
         return f"PSNR {psnr(model, seed):.2f} dB"
 
     matrices = optimisers(model.decoder.named_parameters(), lambda name: "original" in name, LR / 2)
-    run(work / "decoder.safetensors", step, steps, matrices, trapezoid(steps, 50, 0.3), {"model": model}, evaluate=evaluate)
+    run(
+        work / "decoder.safetensors",
+        step,
+        steps,
+        matrices,
+        trapezoid(steps, 50, 0.3),
+        {"model": model},
+        evaluate=evaluate,
+    )
     unflatten_kernels(model)
     save_autoencoder(path, model)
 

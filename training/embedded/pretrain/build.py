@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..weights import Weights
 from .autoencoder import refine_decoder, train_autoencoder
-from .oracle import train_oracle
 from .card import write_card
+from .oracle import train_oracle
 from .transformer import train_transformer
 
 

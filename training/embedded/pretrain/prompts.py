@@ -22,7 +22,8 @@ def prompts(attributes: Tensor, draw: torch.Generator) -> Tensor:
 
     tables = (tuple(PALETTES)[:SEEN_PALETTES], GROUNDS[:SEEN_GROUNDS], FILLS, EDGES)
     words = torch.stack(
-        [_words(table)[index.clamp(min=0)] for table, index in zip(tables, (palette, ground, fill, edge), strict=True)], 1
+        [_words(table)[index.clamp(min=0)] for table, index in zip(tables, (palette, ground, fill, edge), strict=True)],
+        1,
     )
     words[palette < 0, 0] = PAD
     words = words.masked_fill(chance(DROP_WORD, 4), PAD)

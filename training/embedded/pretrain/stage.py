@@ -51,7 +51,9 @@ def unflatten_kernels(module: nn.Module) -> None:
             parametrize.remove_parametrizations(layer, "weight")
 
 
-def optimisers(named: Iterable[tuple[str, nn.Parameter]], is_hidden: Callable[[str], bool], lr: float) -> list[Optimizer]:
+def optimisers(
+    named: Iterable[tuple[str, nn.Parameter]], is_hidden: Callable[[str], bool], lr: float
+) -> list[Optimizer]:
     """Muon for the hidden matrices (Jordan et al. 2024), AdamW for everything else."""
     named = list(named)
     hidden = [p for name, p in named if p.ndim == 2 and is_hidden(name)]

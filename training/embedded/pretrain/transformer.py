@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STEPS = 6000
+STEPS = 5000
 BATCH = 32
 LR = 2e-3
 # High noise from the start: what the text says is decided there (t is 80 % sigmoid(N(0.8, 1.2)), 20 % uniform).

@@ -1,0 +1,174 @@
+"""Adapters on models: complete, of the right family, or with a message."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
+def load(model, name="[from the lora input]", lora=None, clip=None, strength=1.0):
+    from stylewright.nodes.lora_loader import StyleLoRALoader
+
+    class Node(StyleLoRALoader):
+        hidden = type("Hidden", (), {"unique_id": None})
+
+    with torch.inference_mode():
+        return Node.execute(model, name, strength, 1.0, lora, clip).args
+
+
+def state_for(model, names, rank=2, seed=0):
+    """peft's tensors of a LoRA on layers of a model."""
+    draw, state = torch.Generator().manual_seed(seed), {}
+    for name in names:
+        outputs, inputs = model.model.diffusion_model.get_submodule(name).weight.shape
+        state[f"{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=draw)
+        state[f"{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=draw)
+    return state
+
+
+def saved(path, model, family, names, style, **about):
+    from stylewright.training.formats.adapters import save_adapter
+    from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
+
+    stated = AdapterMetadata(family=family, method="lora", rank=2, alpha=1.0, style_phrase="wet ink", **about)
+    save_adapter(path, state_for(model, names), build_metadata(stated), style)
+    return path
+
+
+def deltas(model, patched):
+    """The change of every weight that a model's patches make."""
+    found = {}
+    for key, patches in patched.patches.items():
+        weight = model.model.state_dict()[key]
+        found[key] = patched.calculate_weight(patches, weight.clone().float(), key) - weight.float()
+    return found
+
+
+FLUX = ["double_blocks.0.img_attn.qkv", "double_blocks.1.txt_attn.proj", "single_blocks.0.linear2"]
+
+
+@pytest.mark.parametrize("style", ["kohya", "comfyui", "diffusers", "peft"])
+def test_every_style_lands_complete_and_means_the_same(style, tiny, loras):
+    model = tiny("flux")
+    saved(loras / "one.safetensors", model, "flux", FLUX, style)
+    patched, clip, phrase = load(model, "one.safetensors")
+    assert clip is None and phrase == "wet ink"
+    assert not model.patches
+    found = deltas(model, patched)
+    assert found.keys() == {f"diffusion_model.{name}.weight" for name in FLUX}
+    state = state_for(model, FLUX)
+    for name in FLUX:
+        expected = 0.5 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(found[f"diffusion_model.{name}.weight"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_attention_layers_of_a_peft_file_for_sd15_are_not_lost(tiny, loras):
+    """ComfyUI's own loader places proj_in and drops the rest without a word above the log."""
+    import comfy.sd
+    import comfy.utils
+
+    model = tiny("sd15")
+    names = [
+        name
+        for name, module in model.model.diffusion_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and name.startswith("input_blocks.1.")
+    ]
+    assert any("attn2.to_k" in name for name in names)
+    path = saved(loras / "peft.safetensors", model, "sd15", names, "diffusers", unet_layers=1)
+    stock, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0)
+    patched, _, _ = load(model, "peft.safetensors")
+    assert len(stock.patches) < len(patched.patches) == len(names)
+
+
+def test_strength_scales_and_the_link_equals_the_file(tiny, loras):
+    from stylewright.nodes.bridge.adapters import read_tensors
+
+    model = tiny("flux")
+    path = saved(loras / "one.safetensors", model, "flux", FLUX, "kohya")
+    whole, half = load(model, "one.safetensors")[0], load(model, lora=read_tensors(path), strength=0.5)[0]
+    plain = load(model, lora=dict(read_tensors(path)))  # as ComfyUI's own trainer gives it
+    for key, delta in deltas(model, whole).items():
+        torch.testing.assert_close(deltas(model, half)[key], 0.5 * delta)
+        torch.testing.assert_close(deltas(model, plain[0])[key], delta)
+    assert plain[2] == ""
+
+
+def test_a_file_of_another_family_is_refused(tiny, loras):
+    saved(loras / "flux.safetensors", tiny("flux"), "flux", FLUX, "kohya")
+    with pytest.raises(ValueError, match=r"flux\.safetensors is an adapter for the family 'flux'.*SD3"):
+        load(tiny("sd3"), "flux.safetensors")
+
+
+def test_tensors_without_a_place_are_named(tiny, loras, caplog):
+    model = tiny("flux")
+    tensors = {
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": torch.zeros(192, 2),
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight": torch.zeros(2, 64),
+        "diffusion_model.double_blocks.7.img_attn.qkv.lora_up.weight": torch.zeros(192, 2),
+        "diffusion_model.double_blocks.7.img_attn.qkv.lora_down.weight": torch.zeros(2, 64),
+    }
+    save_file(tensors, loras / "deeper.safetensors")
+    patched, _, _ = load(model, "deeper.safetensors")
+    assert len(patched.patches) == 1
+    assert "2 tensors found no place" in caplog.text and "double_blocks.7.img_attn.qkv.lora_up" in caplog.text
+
+
+def test_text_encoder_tensors_are_not_missed_without_a_text_encoder(tiny, loras, caplog):
+    model = tiny("flux")
+    path = saved(loras / "one.safetensors", model, "flux", FLUX, "kohya")
+    from safetensors.torch import load_file
+
+    extra = {
+        f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{end}.weight": torch.zeros(2, 2)
+        for end in ("up", "down")
+    }
+    save_file({**load_file(path), **extra}, loras / "two.safetensors")
+    load(model, "two.safetensors")
+    assert "no place" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "not a safetensors file", "fits nowhere"])
+def test_files_that_are_no_adapters_for_it_are_errors(kind, tiny, loras):
+    model, path = tiny("flux"), loras / "bad.safetensors"
+    saved(path, model, "flux", FLUX, "kohya")
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "foreign":
+        save_file({"decoder.weight": torch.zeros(3)}, path)
+    elif kind == "not a safetensors file":
+        path.write_bytes(b"hello")
+    else:
+        save_file({f"somewhere.else.lora_{end}.weight": torch.zeros(2, 2) for end in ("up", "down")}, path)
+    with pytest.raises(ValueError, match=r"bad\.safetensors"):
+        load(model, "bad.safetensors")
+    assert not model.patches
+
+
+def test_one_source_has_to_be_chosen(tiny, loras):
+    model = tiny("flux")
+    path = saved(loras / "one.safetensors", model, "flux", FLUX, "kohya")
+    from stylewright.nodes.bridge.adapters import read_tensors
+
+    with pytest.raises(ValueError, match="no linked one"):
+        load(model)
+    with pytest.raises(ValueError, match="a linked one"):
+        load(model, "one.safetensors", lora=read_tensors(path))
+
+
+def test_a_changed_file_is_read_again(tiny, loras):
+    from stylewright.nodes.lora_loader import StyleLoRALoader
+
+    path = saved(loras / "one.safetensors", tiny("flux"), "flux", FLUX, "kohya")
+    before = StyleLoRALoader.fingerprint_inputs(lora_name="one.safetensors")
+    path.write_bytes(path.read_bytes() + b" ")
+    assert StyleLoRALoader.fingerprint_inputs(lora_name="one.safetensors") != before
+    assert StyleLoRALoader.fingerprint_inputs() is None
