@@ -37,6 +37,6 @@ def open_comfyui(base: Path, device: str) -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args
+        import comfy.cli_args  # parses sys.argv once, now
     finally:
         sys.argv = arguments

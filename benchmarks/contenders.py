@@ -165,7 +165,7 @@ def _our_loop(task: Task, steps: int, denoiser: Any, latents: Tensor, rows: list
 
 
 def comfyui_flux(task: Task) -> Any:
-    """A ModelPatcher, made in inference mode as a loader node does."""
+    """A ModelPatcher with its model loaded, made in inference mode as a loader node does."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -196,7 +196,9 @@ def comfyui_flux(task: Task) -> Any:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=source) * 0.02)
         load_device = comfy.model_management.get_torch_device()
-        return comfy.model_patcher.ModelPatcher(model, load_device, torch.device("cpu"))
+        patcher = comfy.model_patcher.ModelPatcher(model, load_device, torch.device("cpu"))
+        comfy.model_management.load_models_gpu([patcher])
+        return patcher
 
 
 def comfyui_native(task: Task) -> Training:

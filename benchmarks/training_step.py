@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -36,13 +36,15 @@ RATIOS = (
 )
 MEGABYTE = 2**20
 
+Training = Callable[[int], object]  # optimizer steps -> whatever
+
 
 @dataclass(frozen=True)
 class Result:
     """What was measured of one contender."""
 
-    seconds: float  # of an optimizer step: least of the rounds' means
-    median_seconds: float  # median of the rounds' means
+    seconds: float  # of an optimizer step: median of the rounds' means
+    least_seconds: float  # least of the rounds' means
     extra_bytes: int  # beyond the loaded model
     gflop: float  # of an optimizer step, counted
 
@@ -60,8 +62,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps in each round")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of every contender")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps in each turn")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
@@ -108,14 +110,18 @@ def workers(options: argparse.Namespace) -> Iterator[dict[str, Connection]]:
 
 
 def measure(connections: dict[str, Connection], options: argparse.Namespace) -> dict[str, Result]:
-    """One contender works at a time."""
+    """One contender works at a time. Every training runs from the first round to the last and pauses in between."""
     costs = {name: ask(name, connection, "costs") for name, connection in connections.items()}
     rounds: dict[str, list[float]] = {name: [] for name in connections}
-    for number in range(options.rounds):
+    for number in range(options.rounds + 1):
         for name, connection in connections.items():
-            rounds[name].append(ask(name, connection, "round"))
-            print(f"round {number + 1} of {options.rounds}: {name} {1e3 * rounds[name][-1]:.0f} ms", file=sys.stderr)
-    return {name: Result(min(seconds), statistics.median(seconds), **costs[name]) for name, seconds in rounds.items()}
+            rounds[name].append(ask(name, connection, "go"))
+        shown = ", ".join(f"{name} {1e3 * seconds[-1]:.0f} ms" for name, seconds in rounds.items())
+        print(f"round {number} of {options.rounds}: {shown}", file=sys.stderr)
+    return {  # without the first: what a step does only once is no part of the others
+        name: Result(statistics.median(seconds[1:]), min(seconds[1:]), **costs[name])
+        for name, seconds in rounds.items()
+    }
 
 
 def ask(name: str, connection: Connection, question: str) -> Any:
@@ -139,41 +145,46 @@ class Failure:
 
 
 def work(name: str, options: dict[str, Any], connection: Connection) -> None:
-    """Answers until nobody asks any more."""
+    """Says what a step costs, then takes its turns."""
     try:
-        answers = prepare(name, options)
-        while True:
-            connection.send(answers[connection.recv()]())
-    except EOFError:
+        import torch
+        from contenders import Task, open_contender
+
+        torch.set_num_threads(options["threads"])
+        device = options["device"]
+        train = open_contender(name, Task(options["batch_size"], options["rank"], options["checkpointing"], device))
+        connection.recv()
+        connection.send({"extra_bytes": extra_bytes(train, device), "gflop": gflop(train)})
+        take_turns(train, options["steps"], options["rounds"], device, connection)
+    except EOFError:  # nobody asks any more
         return
     except Exception:
         connection.send(Failure(traceback.format_exc()))
 
 
-def prepare(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from contenders import Task, open_contender
+def take_turns(train: Training, steps: int, rounds: int, device: str, connection: Connection) -> None:
+    """Trains when told to, and tells the mean seconds of each turn: the first is one step, the others ``steps``."""
+    ends = [1 + steps * number for number in range(rounds + 1)]
+    done, before, since = 0, 0, 0.0
 
-    torch.set_num_threads(options["threads"])
-    train = open_contender(
-        name, Task(options["batch_size"], options["rank"], options["checkpointing"], options["device"])
-    )
-    measured_costs = costs_on_cuda if options["device"] == "cuda" else costs
-    return {
-        "costs": lambda: {"extra_bytes": measured_costs(train), "gflop": gflop(train)},
-        "round": lambda: seconds_a_step(train, options["steps"], options["device"]),
-    }
+    def after_a_step() -> None:
+        nonlocal done, before, since
+        done += 1
+        if done in ends:
+            connection.send((now(device) - since) / (done - before))
+            before = done
+            if done < ends[-1]:
+                connection.recv()
+            since = now(device)
 
-
-def seconds_a_step(train: Any, steps: int, device: str) -> float:
-    """Mean over ``steps`` steps, after one that is not counted."""
-    marks = []
-    with after_each_step(lambda: marks.append(now(device))):
-        train(steps + 1)
-    return (marks[-1] - marks[0]) / steps
+    connection.recv()
+    since = now(device)
+    with after_each_step(after_a_step):
+        train(ends[-1])
 
 
 def now(device: str) -> float:
+    """Seconds: of this process at work on the CPU, of the clock when a GPU is done."""
     if device == "cpu":
         return time.process_time()
     import torch
@@ -183,7 +194,7 @@ def now(device: str) -> float:
 
 
 @contextmanager
-def after_each_step(callback: Any) -> Iterator[None]:
+def after_each_step(callback: Callable[[], object]) -> Iterator[None]:
     """Calls back after every step of whatever optimizer of torch's."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -194,32 +205,35 @@ def after_each_step(callback: Any) -> Iterator[None]:
         handle.remove()
 
 
-def costs(train: Any) -> int:
-    """Bytes of all tensors that training makes; three steps, so that the optimizer's state is there in two."""
+def extra_bytes(train: Training, device: str) -> int:
+    """The most that training makes at once, in three steps: the optimizer's state is there in two of them."""
+    import torch
     from peak_bytes import PeakBytes
 
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(3)
+        return torch.cuda.max_memory_allocated() - before
     with PeakBytes() as memory:
         train(3)
     return memory.peak
 
 
-def costs_on_cuda(train: Any) -> int:
-    """What the device held at most, less one copy of the model, which ComfyUI loads in the course of training."""
-    import torch
-    from contenders import DOUBLE_BLOCKS  # noqa: F401
-
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    train(3)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def gflop(train: Any) -> float:
+def gflop(train: Training) -> float:
     """Of one step, as torch counts the products; elementwise work is not in it."""
-    from torch.utils.flop_counter import FlopCounterMode
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    counter = FlopCounterMode(display=False)
-    counts = []
+    attention = {  # torch counts the kernels for GPUs only
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v)
+        ),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda gradient, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(gradient, q, k, v)
+        ),
+    }
+    counter, counts = FlopCounterMode(display=False, custom_mapping=attention), []
     with counter, after_each_step(lambda: counts.append(counter.get_total_flops())):
         train(2)
     return (counts[-1] - counts[0]) / 1e9
@@ -231,9 +245,9 @@ def gflop(train: Any) -> float:
 def show(results: dict[str, Result], options: argparse.Namespace) -> None:
     how = "every block recomputed" if options.checkpointing else "recomputing only where it cannot be switched off"
     print(f"batch {options.batch_size}, rank {options.rank}, float32, {how}")
-    print(f"\n{'':22}{'ms a step':>10}{'median':>10}{'extra MB':>10}{'GFLOP':>10}")
+    print(f"\n{'':22}{'ms a step':>10}{'least':>10}{'extra MB':>10}{'GFLOP':>10}")
     for name, result in results.items():
-        seconds = f"{1e3 * result.seconds:>10.1f}{1e3 * result.median_seconds:>10.1f}"
+        seconds = f"{1e3 * result.seconds:>10.1f}{1e3 * result.least_seconds:>10.1f}"
         print(f"{name:22}{seconds}{result.extra_bytes / MEGABYTE:>10.1f}{result.gflop:>10.2f}")
     print(f"\n{'ratio of':46}{'time':>8}{'memory':>8}")
     for ours, theirs in RATIOS:

@@ -53,8 +53,8 @@ class StyleDatasetNode(io.ComfyNode):
                     max=4096,
                     step=16,
                     tooltip=(
-                        "Pictures are trained at about resolution x resolution pixels, each in the aspect ratio nearest "
-                        "its own. 1024 for FLUX, SD3.5 and SDXL, 512 for SD1.5, 128 for the embedded model."
+                        "Pictures are trained at about resolution x resolution pixels, each in the aspect ratio "
+                        "nearest its own. 1024 for FLUX, SD3.5 and SDXL, 512 for SD1.5, 128 for the embedded model."
                     ),
                 ),
                 io.Combo.Input(
@@ -71,7 +71,7 @@ class StyleDatasetNode(io.ComfyNode):
                     options=list(CAPTION_MODES),
                     default="content",
                     advanced=True,
-                    tooltip="content: captions say what is shown, and the style phrase is added. full: they are complete.",
+                    tooltip="content: captions say what is shown, and the style phrase is added. full: they have it.",
                 ),
             ],
             outputs=[

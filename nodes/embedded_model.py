@@ -22,7 +22,7 @@ class EmbeddedModelNode(io.ComfyNode):
                 io.Model.Output("model", tooltip="A FLUX of a few million parameters. Sample it at CFG 3."),
                 io.Clip.Output(
                     "clip",
-                    tooltip="Its text encoder. It knows a few dozen words; an unknown word is an error that lists them.",
+                    tooltip="Its text encoder. It knows a few dozen words; any other is an error that lists them.",
                 ),
                 io.Vae.Output("vae", tooltip="Its autoencoder: 16 channels, 8 times smaller than the picture."),
             ],

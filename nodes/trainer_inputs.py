@@ -26,7 +26,7 @@ def links() -> list[io.Input]:
         DENSITY.Input(
             "density",
             optional=True,
-            tooltip="Which noise levels are drawn, from Noise Level Density. None: N(-6, 2²), the paper's law for styles.",
+            tooltip="Which noise levels are drawn, from Noise Level Density. None: N(-6, 2²), the paper's law.",
         ),
     ]
 

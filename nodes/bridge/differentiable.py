@@ -5,6 +5,8 @@ cannot be saved for backward". The storage under such a tensor knows nothing of 
 the same memory is an ordinary one: no copy, not even of one weight.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,8 @@ def exchange_inference_tensors(module: nn.Module) -> int:
     """
     exchanged = 0
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers, vars(part)):
+        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+        for tensors in tables:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor) and tensor.is_inference():
                     tensors[name] = ordinary(tensor)

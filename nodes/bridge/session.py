@@ -30,6 +30,18 @@ def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required
         yield
 
 
+def without_float16(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
+    """The model, or where it computes in float16 a clone that computes in ``dtype`` over the same weights.
+
+    Gradients of the loss are around 1e-6 an activation, which float16 rounds away.
+    """
+    if model.model.get_dtype_inference() != torch.float16:
+        return model
+    clone = model.clone()
+    clone.set_model_compute_dtype(dtype)
+    return clone
+
+
 @contextmanager
 def _in_training() -> Iterator[None]:
     before = comfy.model_management.in_training

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import comfy.model_patcher
@@ -31,7 +32,7 @@ from .families import family_of, latents_per_token, model_name
 from .files import free_adapter_path, run_folder
 from .host import comfy_host
 from .previews import TrainingProgress, decoder_for_previews
-from .session import training_session
+from .session import training_session, without_float16
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,10 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     An interrupt, or whatever else stops the run, leaves the adapter of the last complete step beside the others, and
     is raised again. The same job, asked for once more, continues where it stopped.
     """
-    config, model = job.config, sockets.model
+    config = job.config
+    assert config.resolution is not None, "a dataset states one"
+    model = without_float16(sockets.model, getattr(torch, config.precision))
+    sockets = replace(sockets, model=model)
     if config.adapter.method == "oft" and family_of(model) not in FAMILIES:
         raise ValueError(f"ComfyUI has no form of oft for a {model_name(model)}: choose lora, lokr or loha")
     path = free_adapter_path(job.file_name)
@@ -143,7 +147,11 @@ def publish(source: Path, target: Path, model: comfy.model_patcher.ModelPatcher,
     if method in BY_WEIGHTS:
         convert_adapter(source, target, "comfyui", weights=weights_of(model))
     else:
-        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
+        write_atomically(target, partial(_copy, source))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
 
 
 def _publish_partial(run: RunDirectory, path: Path, model: comfy.model_patcher.ModelPatcher) -> None:

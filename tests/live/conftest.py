@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("workflow_api", Path(__file__).with_name("workflow_api.py"))
-sys.modules["workflow_api"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["workflow_api"])
+for name in ("workflow_api", "browser"):  # importable without a folder on sys.path
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 START = 240  # seconds that a server may take on a busy machine
 NAME = "any_name-v1.2"  # of the folder in custom_nodes
@@ -141,9 +142,11 @@ def running(checkout: Path, base: Path, *, pack: Path | None):
 @pytest.fixture(scope="session")
 def server(comfy, repository):
     """ComfyUI with the pack. Skips where there is none."""
-    with tempfile.TemporaryDirectory(prefix="stylewright-live-") as base:
-        with running(comfy, Path(base), pack=repository) as server:
-            yield server
+    with (
+        tempfile.TemporaryDirectory(prefix="stylewright-live-") as base,
+        running(comfy, Path(base), pack=repository) as server,
+    ):
+        yield server
 
 
 @pytest.fixture(scope="session")

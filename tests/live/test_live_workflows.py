@@ -57,7 +57,7 @@ def quick_start(server, repository, shipped_weights):
 
 
 def test_the_quick_start_runs_as_shipped(quick_start, server):
-    prompt, result = quick_start
+    _, result = quick_start
     assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
     pictures = [image for output in result["outputs"].values() for image in output.get("images", [])]
     assert len(pictures) >= 4

@@ -91,3 +91,40 @@ def test_patches_of_nodes_before_are_part_of_the_model(tiny, tiny_clip):
     plain, under_patch, again = predict(base), predict(patched), predict(base)
     assert not torch.allclose(plain, under_patch)
     assert torch.equal(plain, again)
+
+
+def test_a_float16_model_is_trained_in_another_type_over_the_same_weights(tiny, tiny_clip):
+    from stylewright.nodes.bridge.denoiser import ComfyDenoiser
+    from stylewright.nodes.bridge.prompts import PromptTable
+    from stylewright.nodes.bridge.session import training_session, without_float16
+    from stylewright.training.adapters.attach import attached
+    from stylewright.training.adapters.methods import AdapterConfig
+    from stylewright.training.gradients import differentiable
+
+    with torch.inference_mode():
+        model = tiny("flux", torch.float16)
+    other = tiny("flux")
+    assert without_float16(other, torch.bfloat16) is other
+    weight = model.model.diffusion_model.img_in.weight.data_ptr()
+    wide = without_float16(model, torch.float32)
+    x_t, levels = torch.randn(1, 16, 8, 12), torch.tensor([-2.0])
+    with torch.inference_mode(), training_session(wide):
+        assert model.model.get_dtype_inference() is torch.float32
+        prompts = PromptTable(tiny_clip("flux"))
+        denoiser = ComfyDenoiser(wide, prompts)
+        config = AdapterConfig(rank=2)
+        with (
+            attached(denoiser.module, config, family="flux", seed=0) as adapter,
+            differentiable(denoiser.module),
+        ):
+            wanted = denoiser(x_t, levels, prompts.encode(["a star"]))
+            (1e-6 * wanted).sum().backward()
+            gradients = [parameter.grad for parameter in adapter.parameters()]
+            assert any(0 < float(gradient.abs().max()) < 1e-3 for gradient in gradients)
+            assert all(gradient.dtype is torch.float32 for gradient in gradients)
+    assert model.model.diffusion_model.img_in.weight.data_ptr() == weight
+    with torch.inference_mode(), training_session(model), torch.no_grad():
+        assert model.model.get_dtype_inference() is torch.float16
+        prompts = PromptTable(tiny_clip("flux"))
+        narrow = ComfyDenoiser(model, prompts)(x_t, levels, prompts.encode(["a star"]))
+    torch.testing.assert_close(narrow, wanted.detach(), rtol=0.05, atol=0.05)

@@ -109,9 +109,12 @@ def test_a_run_gives_an_adapter_that_stock_nodes_take(embedded, dataset, folders
 
     before = predict(embedded.model, embedded.clip)
     names = list(dict(embedded.model.model.named_modules()))
+    memory = [parameter.data_ptr() for parameter in embedded.model.model.parameters()]
     lora, losses, path = run(embedded, dataset)
     assert torch.equal(predict(embedded.model, embedded.clip), before)
     assert list(dict(embedded.model.model.named_modules())) == names
+    assert [parameter.data_ptr() for parameter in embedded.model.model.parameters()] == memory, "weights were copied"
+    assert not any(parameter.requires_grad for parameter in embedded.model.model.parameters())
 
     loras, output = folders
     assert path == str(loras / "styles" / "test_00001_.safetensors")
@@ -235,7 +238,7 @@ def test_density_reaches_the_run(embedded, dataset, folders):
     from stylewright.nodes.sockets import StyleDensity
     from stylewright.training.densities import DensityConfig
 
-    loras, output = folders
+    _, output = folders
     from stylewright.nodes.trainer import StyleFriendlySNRTrainer
 
     class Node(StyleFriendlySNRTrainer):
@@ -258,6 +261,7 @@ def test_density_reaches_the_run(embedded, dataset, folders):
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"file_name": "../outside"}, "models/loras"),
         ({"file_name": ""}, "models/loras"),
+        ({"file_name": "/tmp/elsewhere"}, "models/loras"),
         ({"optimizer": "prodigy"}, "prodigy"),
         ({"sample_prompt": "an astronaut", "sample_every": 1}, "astronaut"),
     ],
@@ -278,3 +282,43 @@ def test_a_foreign_vae_is_refused(embedded, dataset, folders):
         four = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
     with pytest.raises(ValueError, match="4 channels"):
         run(replace(embedded, vae=four), dataset)
+
+
+@pytest.mark.parametrize("which", ["loras", "output"])
+def test_a_folder_that_takes_nothing_is_named(which, embedded, dataset, folders, monkeypatch, tmp_path):
+    import folder_paths
+
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder is wanted")
+    if which == "loras":
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(blocked)], {".safetensors"}))
+    else:
+        monkeypatch.setattr(folder_paths, "output_directory", str(blocked))
+    with pytest.raises(ValueError, match=r"nothing can be written to .*blocked"):
+        run(embedded, dataset)
+    assert not list(folders[0].rglob("*.safetensors"))
+
+
+def test_a_vae_that_makes_nan_is_named(embedded, dataset, folders, monkeypatch):
+    nan = lambda pixels: torch.full((len(pixels), 16, SIDE // 8, SIDE // 8), torch.nan)  # noqa: E731
+    monkeypatch.setattr(embedded.vae.first_stage_model, "encode", nan)
+    with pytest.raises(ValueError, match="picture 1 contain NaN"):
+        run(embedded, dataset)
+
+
+def test_sample_pictures_without_room_for_the_vae_are_approximated(embedded, monkeypatch):
+    """On a GPU that the model fills, decoding by the VAE would push the model out while it is trained."""
+    from stylewright.nodes.bridge import previews
+    from stylewright.nodes.bridge.host import comfy_host
+
+    with torch.inference_mode():
+        host = comfy_host(embedded.model, embedded.clip, embedded.vae, resolution=SIDE)
+    decode = previews.decoder_for_previews(embedded.model, embedded.vae, host)
+    latents = torch.randn(2, 16, 6, 8)
+    assert decode(latents).shape == (2, 3, 48, 64)
+    monkeypatch.setattr(previews.comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(previews.comfy.model_management, "get_free_memory", lambda device: 1e12)
+    assert decode(latents).shape == (2, 3, 48, 64)
+    monkeypatch.setattr(previews.comfy.model_management, "get_free_memory", lambda device: 0)
+    rough = decode(latents)
+    assert rough.shape == (2, 3, 6, 8) and 0 <= rough.min() < rough.max() <= 1

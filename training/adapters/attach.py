@@ -88,8 +88,9 @@ def attached(
 ) -> Iterator[Adapter]:
     """Puts an adapter on ``module``, and takes it off without a trace.
 
-    Inside, the module gives the same output as before, bit for bit, until the adapter's parameters change. They are
-    of type ``dtype`` whatever the model's, drawn from ``seed`` and each layer's name alone. ``family`` picks the
+    Inside, the module gives the same output as before, bit for bit, until the adapter's parameters change (but for
+    oft in bfloat16: it hands a layer a contiguous copy of a strided input, which torch may round differently). They
+    are of type ``dtype`` whatever the model's, drawn from ``seed`` and each layer's name alone. ``family`` picks the
     target presets. ValueError, before anything is touched, for targets that match nothing, a rank larger than a
     layer, or a model that carries a peft adapter already.
     """

@@ -57,7 +57,8 @@ INITS = ("gaussian", "uniform")
 def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
     """ValueError naming the first layer that is too small for the rank, or that the method cannot take."""
     for name, layer in layers.items():
-        outputs, inputs = layer.weight.shape[0], layer.weight[0].numel()
+        weight = layer.get_parameter("weight")
+        outputs, inputs = weight.shape[0], weight[0].numel()
         if config.rank > min(outputs, inputs):
             raise ValueError(
                 f"rank {config.rank} is larger than the smaller side of the layer {name}, "
@@ -68,9 +69,9 @@ def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None
                 f"oft rotates blocks of {config.rank} inputs, and the layer {name} has {inputs}: "
                 "choose a rank that divides it"
             )
-        if config.method == "dora" and layer.weight.dtype.itemsize == 1:
+        if config.method == "dora" and weight.dtype.itemsize == 1:
             raise ValueError(
-                f"dora needs the norms of the weights, and those of the layer {name} are {layer.weight.dtype}: "
+                f"dora needs the norms of the weights, and those of the layer {name} are {weight.dtype}: "
                 "load the model in bfloat16, or choose lora"
             )
 

@@ -1,6 +1,5 @@
 """``stylewright embedded``: the model that ships with the project, rebuilt and measured."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +23,6 @@ def build(
     """Rebuild data, autoencoder, oracle, text encoder and transformer from nothing. Continues where it stopped."""
     from ..embedded.pretrain.build import build as rebuild
 
-    logging.getLogger("stylewright").setLevel(logging.INFO)
-    logging.getLogger(__name__.rpartition(".cli")[0]).setLevel(logging.INFO)
     rebuild(work or out / "work", out, seed=seed, stages=tuple(stage) if stage else None)
     show({"out": str(out)}, [f"The weights are in {out}"], as_json)
 

@@ -17,7 +17,7 @@ from ..data.images import fit, load_picture
 from ..data.items import items_from_memory
 from ..densities import DensityConfig
 from ..embedded.oracle import load_oracle
-from ..embedded.renderer import HELD_OUT_STYLES, SUBJECTS, render, scene_of
+from ..embedded.renderer import HELD_OUT_STYLES, SIZE, SUBJECTS, render, scene_of
 from ..embedded.weights import Weights
 from ..formats.state import write_atomically
 from ..hosts.embedded import load_embedded
@@ -56,10 +56,15 @@ class DemoOptions:
     image: Path | None = None  # a picture of the user's own
     subject: str = "star"  # what the picture shows
     steps: int = 60
-    looks: int = 3  # how often the learning is looked at
+    looks: int = 3  # how often the learning is looked at, at most: evenly, and last after the last step
     seed: int = 0
     guidance_scale: float = 3.0
     sampling_steps: int = 16
+
+    @property
+    def look_every(self) -> int:
+        """Steps between two looks."""
+        return self.steps // max(n for n in range(1, self.looks + 1) if self.steps % n == 0)
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,15 @@ Progress = Callable[[str, int, int], None]  # what is being done, steps done, st
 
 
 def run_experiment(options: DemoOptions, out: Path, progress: Progress) -> Experiment:
-    """Trains under both laws from the same seed. ValueError for a style or subject that does not exist."""
+    """Trains under both laws from the same seed.
+
+    ValueError, before any work, for an unknown style or subject, for no steps, and for an unreadable picture.
+    """
     _check(options)
+    reference, truth = _reference(options)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
     host, oracle = load_embedded(), load_oracle(Weights().oracle)
-    shown = SUBJECTS.index(options.subject)
-    reference, truth = _reference(options, host)
-    subjects = other_subjects(shown)
+    subjects = other_subjects(SUBJECTS.index(options.subject))
     before = _draw(host, options, subjects)
     judge = (
         oracle_judge(oracle, HELD_OUT_STYLES[options.style])
@@ -126,15 +134,15 @@ def _check(options: DemoOptions) -> None:
         raise ValueError(f"there is no style {options.style!r}: expected one of {', '.join(HELD_OUT_STYLES)}")
     if options.subject not in SUBJECTS:
         raise ValueError(f"the model draws no {options.subject!r}: expected one of {', '.join(SUBJECTS)}")
-    if options.looks < 1 or options.steps < 1 or options.steps % options.looks:
-        raise ValueError(f"steps is {options.steps}: expected a multiple of the {options.looks} looks at the learning")
+    if options.looks < 1 or options.steps < 1:
+        raise ValueError(f"got {options.steps} steps and {options.looks} looks at the learning: expected 1 or more")
 
 
-def _reference(options: DemoOptions, host: Host) -> tuple[Tensor, Tensor | None]:
+def _reference(options: DemoOptions) -> tuple[Tensor, Tensor | None]:
     """The picture to learn from, and the right pictures of the other subjects where they can be drawn."""
     shown = SUBJECTS.index(options.subject)
     if options.image is not None:
-        return fit(load_picture(options.image, None, str(options.image)).pixels, host.resolution, host.resolution), None
+        return fit(load_picture(options.image, None, str(options.image)).pixels, SIZE, SIZE), None
     style = HELD_OUT_STYLES[options.style]
     subjects = torch.tensor([shown, *other_subjects(shown)])
     pictures = render(scene_of(subjects, style, generator(options.seed, "reference", options.style)))
@@ -170,9 +178,7 @@ def _learn(
         looking += time.monotonic() - began
         return pictures
 
-    config = replace(
-        RECIPE, steps=options.steps, seed=options.seed, density=law, sample_every=options.steps // options.looks
-    )
+    config = replace(RECIPE, steps=options.steps, seed=options.seed, density=law, sample_every=options.look_every)
     began = time.monotonic()
     result = train(
         host.denoiser,

@@ -1,21 +1,25 @@
 """From an experiment to a page of pictures."""
 
+import math
 from pathlib import Path
 
+from torch import Tensor
+
 from ..densities import build_density
-from ..embedded.renderer import SUBJECTS
+from ..embedded.renderer import SIZE, SUBJECTS
 from .experiment import FREE_WORD, LAWS, Experiment, LawResult
 from .figures import plot_curves, plot_densities, save_strip
 from .page import Row, write_page
 from .scoring import Score, other_subjects
 
-TOKENS = 64  # of a picture of the embedded model
+TOKENS = (SIZE // 16) ** 2  # of a picture of the embedded model
+EVERYWHERE = (-math.inf, math.inf)  # range of log_snr
 
 
 def write_report(experiment: Experiment, out: Path) -> Path:
     """Pictures, plots and ``index.html`` in the folder ``out``; returns the page."""
     rows = _strips(experiment, out)
-    plot_densities(out / "densities.png", {name: build_density(law, _everywhere, TOKENS) for name, law in LAWS.items()})
+    plot_densities(out / "densities.png", {name: build_density(law, EVERYWHERE, TOKENS) for name, law in LAWS.items()})
     laws = experiment.laws
     plot_curves(out / "loss.png", {name: _losses(law) for name, law in laws.items()}, ("step", "loss"))
     for what in ("style", "subject"):
@@ -33,16 +37,10 @@ def write_report(experiment: Experiment, out: Path) -> Path:
     return page
 
 
-_everywhere = (-float("inf"), float("inf"))
-
-
 def _strips(experiment: Experiment, out: Path) -> list[Row]:
     options = experiment.options
-    rows = [
-        _strip(
-            out, "reference", "Reference", f"all that training sees: a {options.subject}", experiment.reference[None]
-        )
-    ]
+    detail = f"all that training sees: a {options.subject}"
+    rows = [_strip(out, "reference", "Reference", detail, experiment.reference[None])]
     if experiment.truth is not None:
         rows.append(_strip(out, "truth", "The truth", "what a perfect answer looks like", experiment.truth))
     rows.append(_strip(out, "before", "Before", _in_words(experiment.before.score), experiment.before.pictures))
@@ -53,7 +51,7 @@ def _strips(experiment: Experiment, out: Path) -> list[Row]:
     return rows
 
 
-def _strip(out: Path, name: str, title: str, detail: str, pictures) -> Row:
+def _strip(out: Path, name: str, title: str, detail: str, pictures: Tensor) -> Row:
     save_strip(out / f"{name}.png", pictures)
     return Row(title, detail, f"{name}.png")
 
@@ -69,7 +67,8 @@ def _introduction(experiment: Experiment) -> str:
     return (
         f"One picture of {kind} was shown to the embedded model for {options.steps} steps, as “{options.subject} in "
         f"{FREE_WORD} style”, twice from the same seed: with noise levels drawn from the style-friendly law, and from "
-        f"SD3's, both stated for 1024x1024 pictures and carried to this size. Each row then asks for the subjects that the picture does not show ({others}) in {FREE_WORD} style."
+        f"SD3's, both stated for 1024x1024 pictures and carried to this size. Each row then asks for the subjects that "
+        f"the picture does not show ({others}) in {FREE_WORD} style."
     )
 
 

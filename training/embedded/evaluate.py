@@ -62,9 +62,9 @@ def judge(
 
 
 def draw(host: Host, prompts: list[str], *, seed: int, guidance_scale: float, steps: int, batch: int = 50) -> Tensor:
-    """Pictures (n, 3, 128, 128) in [0, 1], drawn in batches."""
+    """Pictures (n, 3, 128, 128) in [0, 1], drawn in batches whose size changes nothing."""
     parts = [
-        generate(host, prompts[i : i + batch], seed=seed + i, guidance_scale=guidance_scale, steps=steps)
+        generate(host, prompts[i : i + batch], seed=seed, first=i, guidance_scale=guidance_scale, steps=steps)
         for i in range(0, len(prompts), batch)
     ]
     return torch.cat(parts)

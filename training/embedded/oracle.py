@@ -12,16 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..hosts.parts import reading
 from .renderer import EDGES, FILLS, GROUNDS, PALETTES, SUBJECTS, Style
 
-HEADS = {
-    "subject": len(SUBJECTS),
-    "palette": len(PALETTES),
-    "ground": len(GROUNDS),
-    "fill": len(FILLS),
-    "edge": len(EDGES),
-}
-STYLE_HEADS = ("palette", "ground", "fill", "edge")
+STYLE_HEADS = {"palette": len(PALETTES), "ground": len(GROUNDS), "fill": len(FILLS), "edge": len(EDGES)}
+HEADS = {"subject": len(SUBJECTS), **STYLE_HEADS}  # classes by attribute
 
 
 class Oracle(nn.Module):
@@ -74,6 +69,8 @@ def score(oracle: Oracle, pictures: Tensor, subjects: Tensor, styles: list[Style
 
 
 def load_oracle(path: Path) -> Oracle:
-    oracle = Oracle()
-    oracle.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    """The oracle in float32, frozen. ValueError where the file is missing or unreadable."""
+    with reading(f"the oracle in {path}"):
+        oracle = Oracle()
+        oracle.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return oracle.requires_grad_(False).eval()

@@ -11,7 +11,7 @@ WIDTH = 128  # of both outputs
 class TextEncoder(nn.Module):
     """Maps word indices (b, n) to context vectors (b, n, 128) and a pooled vector (b, 128).
 
-    The pooled vector is the sum of one vector per word, which start out orthonormal: the words of a prompt stay
+    The pooled vector is the sum of one vector per word, which start out orthogonal: the words of a prompt stay
     separable however many there are. The empty prompt is all padding, and its pooled vector is exactly zero.
     """
 

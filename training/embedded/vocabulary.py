@@ -61,16 +61,17 @@ def tokenize(prompt: str) -> Tokens:
     unknown = [word for word in words if word not in INDEX and word not in FUNCTION_WORDS]
     if len(known) > SLOTS:
         raise ValueError(
-            f"the prompt has {len(known)} words that carry meaning; the embedded model takes at most {SLOTS}: {prompt!r}"
+            f"the prompt has {len(known)} words that carry meaning: the embedded model takes {SLOTS}, got {prompt!r}"
         )
     return Tokens(known + [PAD] * (SLOTS - len(known)), unknown)
 
 
 def explain_unknown(unknown: list[str]) -> str:
     """A sentence that names the words the model does not know and lists those it does."""
+    style_words = WORDS[1 + len(SUBJECTS) : INDEX[STYLE_NAMES[0]]]
     return (
         f"the embedded model does not know {', '.join(map(repr, unknown))}. Subjects: {', '.join(SUBJECTS)}. "
-        f"Styles: {', '.join(STYLE_NAMES)}. Style words: {', '.join(WORDS[1 + len(SUBJECTS) : INDEX[STYLE_NAMES[0]]])}. "
+        f"Styles: {', '.join(STYLE_NAMES)}. Style words: {', '.join(style_words)}. "
         f"Free words for new styles: {', '.join(FREE_WORDS)}"
     )
 
@@ -80,11 +81,8 @@ def named_styles() -> dict[str, Style]:
     held_out, styles = set(held_out_combinations()), {}
     for i, name in enumerate(STYLE_NAMES):
         palette = i % SEEN_PALETTES
-        ground, fill, edge = (
-            (i * 5 + i // 12) % SEEN_GROUNDS,
-            (i * 3 + i // 12) % len(FILLS),
-            (i * 2 + i // 6) % len(EDGES),
-        )
+        ground = (i * 5 + i // 12) % SEEN_GROUNDS
+        fill, edge = (i * 3 + i // 12) % len(FILLS), (i * 2 + i // 6) % len(EDGES)
         while (style := Style(palette, ground, fill, edge)) in held_out:
             ground = (ground + 1) % SEEN_GROUNDS
         styles[name] = style

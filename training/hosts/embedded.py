@@ -1,5 +1,7 @@
 """The embedded model as a host: a FLUX like any other, with encoders of its own."""
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,11 +20,7 @@ from .parts import reading
 def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Host:
     """The embedded model; ``weights`` None = the shipped ones. ValueError where a file is missing or unreadable."""
     weights = weights or Weights()
-    for path in (weights.transformer, weights.autoencoder, weights.text_encoder):
-        if not path.is_file():
-            raise ValueError(
-                f"the embedded model is not complete: {path} is missing. `stylewright embedded build` makes it"
-            )
+    _require(weights.transformer, weights.autoencoder, weights.text_encoder)
     with reading(f"the weights in {weights.folder}"):
         transformer = load_transformer(weights.transformer, dtype).to(device)
         autoencoder = load_autoencoder(weights.autoencoder).to(device)
@@ -57,6 +55,14 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
         reference_tokens=4096,  # the published laws are for 1024x1024 pictures
         guidance_scale=3.0,
     )
+
+
+def _require(*paths: Path) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(
+                f"the embedded model is not complete: {path} is missing. `stylewright embedded build` makes it"
+            )
 
 
 def load_text_encoder(weights: Weights) -> TextEncoder:

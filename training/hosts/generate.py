@@ -18,6 +18,7 @@ def generate(
     prompts: list[str],
     *,
     seed: int,
+    first: int = 0,  # number of the first picture, where several calls draw one series
     steps: int = 20,
     guidance_scale: float | None = None,  # None = the host's own
     size: tuple[int, int] | None = None,  # height and width in pixels; None = the host's resolution, square
@@ -26,14 +27,16 @@ def generate(
 ) -> Tensor:
     """One picture a prompt, (b, 3, h, w) in [0, 1] on the CPU.
 
-    Picture i depends on (seed, i) alone, not on how many are drawn with it. ValueError for a size that the model
-    cannot draw.
+    Picture i depends on (seed, i) alone, not on how many are drawn with it. ValueError where there are no prompts, and
+    for a size that the model cannot draw.
     """
+    if not prompts:
+        raise ValueError("there are no prompts: give at least one")
     height, width = size or (host.resolution, host.resolution)
     if height % host.pixels_per_token or width % host.pixels_per_token or min(height, width) < 1:
         raise ValueError(f"{host.name} draws sizes that are multiples of {host.pixels_per_token}, got {width}x{height}")
     shape = (1, host.latent_channels, height // host.pixels_per_latent, width // host.pixels_per_latent)
-    noise = torch.cat([gaussian(shape, generator(seed, "picture", i)) for i in range(len(prompts))])
+    noise = torch.cat([gaussian(shape, generator(seed, "picture", first + i)) for i in range(len(prompts))])
     scale = host.guidance_scale if guidance_scale is None else guidance_scale
     latents = sample(
         host.denoiser,

@@ -1,4 +1,4 @@
-"""Our files in diffusers: the readers of ``load_lora_weights`` take every tensor, and give the weights that were trained.
+"""Our files in diffusers: the readers of ``load_lora_weights`` take every tensor, and give the trained weights.
 
 diffusers has no such reader for PixArt.
 """

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...randomness import generator
 from ..autoencoder import load_autoencoder, new_autoencoder, save_autoencoder
-from ..renderer import render
+from ..renderer import Scene, render
 from .scenes import training_scenes
 from .stage import flatten_kernels, optimisers, run, trapezoid, unflatten_kernels
 
@@ -77,15 +77,8 @@ def refine_decoder(work: Path, path: Path, *, seed: int, steps: int = DECODER_ST
         return f"PSNR {psnr(model, seed):.2f} dB"
 
     matrices = optimisers(model.decoder.named_parameters(), lambda name: "original" in name, LR / 2)
-    run(
-        work / "decoder.safetensors",
-        step,
-        steps,
-        matrices,
-        trapezoid(steps, 50, 0.3),
-        {"model": model},
-        evaluate=evaluate,
-    )
+    checkpoint, schedule = work / "decoder.safetensors", trapezoid(steps, 50, 0.3)
+    run(checkpoint, step, steps, matrices, schedule, {"model": model}, evaluate=evaluate)
     unflatten_kernels(model)
     save_autoencoder(path, model)
 
@@ -109,7 +102,7 @@ def psnr(model: torch.nn.Module, seed: int, n: int = 64) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def _crops(scenes, draw: torch.Generator) -> Tensor:
+def _crops(scenes: Scene, draw: torch.Generator) -> Tensor:
     """Random crops in [-1, 1], each flipped with probability one half, (b, 3, CROP, CROP)."""
     pictures = 2 * render(scenes) - 1
     corners = torch.randint(pictures.shape[-1] - CROP + 1, (len(scenes), 2), generator=draw).tolist()

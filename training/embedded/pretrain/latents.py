@@ -1,7 +1,7 @@
 """For stage 3: encoded pictures for the transformer, in shards that are made when first needed."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +37,8 @@ class LatentPool:
     shards: int = 6
     first: int = 1
     grow_every: int = 400  # steps
-
-    def __post_init__(self) -> None:
-        self._latents: list[Tensor] = []
-        self._attributes: list[Tensor] = []
+    _latents: list[Tensor] = field(default_factory=list, init=False, repr=False)  # by shard
+    _attributes: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Latents (size, 16, 16, 16) in float32 and attribute indices (size, 5)."""

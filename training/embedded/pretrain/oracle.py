@@ -39,15 +39,8 @@ def train_oracle(work: Path, out: Path, *, seed: int, steps: int = STEPS) -> Non
     def evaluate(_: int) -> str:
         return ", ".join(f"{name} {share:.3f}" for name, share in accuracy(model, seed).items())
 
-    run(
-        work / "oracle.safetensors",
-        step,
-        steps,
-        [optimizer],
-        trapezoid(steps, 50, 0.5),
-        {"model": model},
-        evaluate=evaluate,
-    )
+    checkpoint, schedule = work / "oracle.safetensors", trapezoid(steps, 50, 0.5)
+    run(checkpoint, step, steps, [optimizer], schedule, {"model": model}, evaluate=evaluate)
     state = {key: value.to(torch.bfloat16).contiguous() for key, value in model.state_dict().items()}
     write_atomically(out, lambda temporary: save_file(state, temporary))
 

@@ -21,10 +21,8 @@ def prompts(attributes: Tensor, draw: torch.Generator) -> Tensor:
         return torch.rand(n, *shape, generator=draw) < share
 
     tables = (tuple(PALETTES)[:SEEN_PALETTES], GROUNDS[:SEEN_GROUNDS], FILLS, EDGES)
-    words = torch.stack(
-        [_words(table)[index.clamp(min=0)] for table, index in zip(tables, (palette, ground, fill, edge), strict=True)],
-        1,
-    )
+    indices = (palette.clamp(min=0), ground, fill, edge)
+    words = torch.stack([_words(table)[index] for table, index in zip(tables, indices, strict=True)], 1)
     words[palette < 0, 0] = PAD
     words = words.masked_fill(chance(DROP_WORD, 4), PAD)
     names = _style_names(palette, ground, fill, edge)
@@ -32,7 +30,7 @@ def prompts(attributes: Tensor, draw: torch.Generator) -> Tensor:
     free = _words(FREE_WORDS)[torch.randint(len(FREE_WORDS), (n,), generator=draw)]
     by_free_word = (palette < 0) & chance(FREE_WORD)
     one_word = torch.where(by_name, names, torch.where(by_free_word, free, PAD))
-    words = torch.where((by_name | by_free_word).unsqueeze(1), 0, words)
+    words = torch.where((by_name | by_free_word).unsqueeze(1), PAD, words)
 
     subject = _words(SUBJECTS)[subject].masked_fill(chance(DROP_SUBJECT), PAD)
     style = torch.cat([one_word.unsqueeze(1), words], 1).masked_fill(chance(DROP_STYLE, 1), PAD)

@@ -54,5 +54,8 @@ def _with_named_styles(scene: Scene, share: float, draw: torch.Generator) -> Sce
 def _seen_styles(n: int, draw: torch.Generator) -> Tensor:
     """Attribute indices (4, n), uniform over what may be seen."""
     ranges = (SEEN_PALETTES, SEEN_GROUNDS, len(FILLS), len(EDGES))
-    style = torch.stack([torch.randint(count, (2 * n,), generator=draw) for count in ranges])
-    return style[:, ~is_held_out(*style)][:, :n]
+    kept = torch.empty(4, 0, dtype=torch.int64)
+    while kept.shape[1] < n:  # once, but for a handful of scenes
+        style = torch.stack([torch.randint(count, (2 * n,), generator=draw) for count in ranges])
+        kept = torch.cat([kept, style[:, ~is_held_out(*style)]], 1)
+    return kept[:, :n]

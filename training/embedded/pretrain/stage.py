@@ -14,6 +14,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from ...errors import NonFiniteLoss
 from ...formats.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ def run(
     report_every: int = 100,  # steps
     evaluate: Callable[[int], str] | None = None,  # called at each save
 ) -> None:
-    """Runs ``step(i)``, which returns a loss after backward, to the end of ``steps``, from the checkpoint if any."""
+    """Runs ``step(i)``, which returns a loss after backward, to the end of ``steps``, from the checkpoint if any.
+
+    NonFiniteLoss where the loss became NaN or infinite; the checkpoint is then an earlier, sound one.
+    """
     schedulers = [LambdaLR(optimizer, schedule) for optimizer in optimizers]
     everything = dict(parts)
     everything |= {f"optimizer{i}": part for i, part in enumerate(optimizers)}
@@ -105,17 +109,25 @@ def run(
         losses.append(step(i).detach())
         for part in (*optimizers, *schedulers):
             part.step()
-        if (i + 1) % report_every == 0:
-            loss = torch.stack(losses).mean().item()
+        reporting = (i + 1) % report_every == 0
+        saving = (i + 1) % save_every == 0 or i + 1 == steps
+        if reporting or saving:
+            loss = _finite_mean(losses, f"{checkpoint.stem}, before step {i + 1}")
+        if reporting:
             losses.clear()
-            if not math.isfinite(loss):
-                raise RuntimeError(f"{checkpoint.stem}: loss is {loss} before step {i + 1}")
             pace = (time.monotonic() - began) / (i + 1 - start)
             logger.info("%s: step %d of %d, loss %.4f, %.3f s a step", checkpoint.stem, i + 1, steps, loss, pace)
-        if (i + 1) % save_every == 0 or i + 1 == steps:
+        if saving:
             save_state(checkpoint, {"step": i + 1} | {name: part.state_dict() for name, part in everything.items()})
             if evaluate is not None:
                 logger.info("%s: step %d, %s", checkpoint.stem, i + 1, evaluate(i + 1))
+
+
+def _finite_mean(losses: list[Tensor], where: str) -> float:
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        raise NonFiniteLoss(f"{where}: the loss is {mean}")
+    return mean
 
 
 def _resume(checkpoint: Path, parts: Mapping[str, Stateful]) -> int:
