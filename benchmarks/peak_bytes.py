@@ -35,16 +35,19 @@ class PeakBytes(TorchDispatchMode):
         return result
 
     def _see(self, value: object, *, counts: bool) -> None:
-        if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+            storage = value.untyped_storage()
+        elif isinstance(value, torch.UntypedStorage):  # a tensor may be made over existing memory
+            storage = value
+        else:
             return
-        storage = value.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
         size = storage.nbytes() if counts else 0
         self._known.add(key)
         self.live += size
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

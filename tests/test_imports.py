@@ -37,7 +37,8 @@ SCHEMA_API = {"comfy_api"}
 LAYERS = [
     {"mathematics"},
     {"adapters", "data", "embedded", "formats", "hosts"},
-    {"loops", "demo", "embedded/pretrain"},
+    {"loops", "embedded/pretrain"},
+    {"demo"},
     {"cli"},
 ]
 

@@ -5,6 +5,7 @@
 recovered: the loss belongs there, not on x0, whose error grows with the noise.
 """
 
+import logging
 import uuid
 
 import comfy.model_patcher
@@ -18,6 +19,8 @@ from ...training.predictions import convert
 from .families import family_of
 from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
+
+logger = logging.getLogger(__name__)
 
 
 class ComfyDenoiser:
@@ -45,7 +48,7 @@ class ComfyDenoiser:
         sigma = self._levels.sigma(log_snr)
         x = self._levels.comfy_input(x_t.float(), sigma)
         x0 = torch.empty_like(x)
-        rows = [self._model_conds(x, conditioning, row) for row in range(len(x))]
+        rows = self._model_conds(x, conditioning)
         for group in alike(rows):
             conds = comfy.samplers.cond_cat([rows[row] for row in group])
             answer = self._apply(x[group], sigma[group], conds)
@@ -54,20 +57,18 @@ class ComfyDenoiser:
 
     def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
-        if not self._frames:
-            return self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
-        return self._model.model.apply_model(x[:, :, None], sigma, transformer_options=options, **conds).float()[
-            :, :, 0
-        ]
+        x = x[:, :, None] if self._frames else x
+        x0 = self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+        return x0[:, :, 0] if self._frames else x0
 
-    def _model_conds(self, x: Tensor, conditioning: Conditioning, row: int) -> dict:
-        """ComfyUI's conds of one row, made once for every prompt, guidance and latent size."""
-        prompt = int(conditioning[PROMPT][row])
-        guidance = float(conditioning[GUIDANCE][row]) if GUIDANCE in conditioning else None
-        key = (prompt, guidance, x.shape[1:])
-        if key not in self._conds:
-            self._conds[key] = self._make_conds(x[row : row + 1], prompt, guidance)
-        return self._conds[key]
+    def _model_conds(self, x: Tensor, conditioning: Conditioning) -> list[dict]:
+        """ComfyUI's conds of each row, made once for every prompt, guidance and latent size."""
+        prompts = conditioning[PROMPT].tolist()
+        guidances = conditioning[GUIDANCE].tolist() if GUIDANCE in conditioning else [None] * len(prompts)
+        keys = [(prompt, guidance, x.shape[1:]) for prompt, guidance in zip(prompts, guidances, strict=True)]
+        for prompt, guidance, size in set(keys) - self._conds.keys():
+            self._conds[prompt, guidance, size] = self._make_conds(x[:1], prompt, guidance)
+        return [self._conds[key] for key in keys]
 
     @torch.no_grad()
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
@@ -98,6 +99,8 @@ def alike(rows: list[dict]) -> list[list[int]]:
 def transformer_options(model: comfy.model_patcher.ModelPatcher) -> dict:
     """The patches, wrappers and callbacks that nodes before ours put on the model, as a sampler passes them."""
     options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    if "model_function_wrapper" in options:
+        logger.warning("a node before wraps every call of the model, to cache steps for example: trained without it")
     comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
     comfy.samplers.cast_to_load_options(options, device=model.load_device, dtype=model.model_dtype())
     return options["transformer_options"]

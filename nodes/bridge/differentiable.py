@@ -20,7 +20,7 @@ def exchange_inference_tensors(module: nn.Module) -> int:
     """
     exchanged = 0
     for part in module.modules():
-        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+        tables: list[Any] = [part._parameters, part._buffers, vars(part)]
         for tensors in tables:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor) and tensor.is_inference():

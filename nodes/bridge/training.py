@@ -118,9 +118,17 @@ def _train(
 ) -> TrainResult:
     config = job.config
     prompts = sample_prompts(config)
+    side = host.resolution - host.resolution % host.pixels_per_token
 
     def sample(step: int) -> Tensor:
-        return generate(host, prompts, seed=config.seed, steps=job.sample_steps, guidance_scale=job.sample_cfg)
+        return generate(
+            host,
+            prompts,
+            seed=config.seed,
+            steps=job.sample_steps,
+            guidance_scale=job.sample_cfg,
+            size=(side, side),
+        )
 
     return train(
         host.denoiser,
@@ -159,9 +167,9 @@ def _publish_partial(run: RunDirectory, path: Path, model: comfy.model_patcher.M
     about = read_adapter(run.adapter).about if run.adapter.exists() else None
     if about is None or not about.steps:
         return
-    partial = path.with_name(f"{path.stem}partial{path.suffix}")
-    publish(run.adapter, partial, model, about.method)
-    logger.warning("stopped at step %d; the adapter so far is %s, and the same run will continue", about.steps, partial)
+    so_far = path.with_name(f"{path.stem}partial{path.suffix}")
+    publish(run.adapter, so_far, model, about.method)
+    logger.warning("stopped at step %d; the adapter so far is %s, and the same run will continue", about.steps, so_far)
 
 
 def fingerprint(model: comfy.model_patcher.ModelPatcher, dataset: Dataset, config: TrainConfig) -> str:

@@ -20,8 +20,10 @@ def ours(server):
 def test_all_nodes_are_registered_without_a_complaint(server):
     assert ours(server).keys() == OURS
     log = server.text
-    for complaint in ("Cannot import", "IMPORT FAILED", "Error while calling comfy_entrypoint", "Traceback"):
+    for complaint in ("Cannot import", "IMPORT FAILED", "Error while calling comfy_entrypoint"):
         assert complaint not in log, log
+    # 0.14 logs tracebacks of its own over a database in memory.
+    assert not [line for line in log.splitlines() if line.lstrip().startswith("File ") and PACK in line], log
 
 
 def test_schemas_are_complete(server):

@@ -33,7 +33,7 @@ class LowRank(Function):
         return torch.addmm(result.reshape(-1, result.shape[-1]), inner, b.T, alpha=scale).view(result.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]
         rows, inner, a, b = ctx.saved_tensors
         outer = gradient.reshape(-1, gradient.shape[-1])
         inner_gradient = torch.mm(b.T, outer.T).mul_(ctx.scale)  # (r, n)

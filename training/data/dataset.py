@@ -104,7 +104,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """A hash of all that decides the batches: a run continues only with the dataset it began with."""
-        parts = [digest(self.caption_dropout.hex(), digest_named(self.null))]
+        parts = [digest(float(self.caption_dropout).hex(), digest_named(self.null))]
         for example in self.examples:
             mask = "" if example.mask is None else example.mask
             row = digest_named(example.conditioning)

@@ -36,7 +36,7 @@ def save_autoencoder(path: Path, autoencoder: "AutoencoderTiny", dtype: torch.dt
 
 
 def load_autoencoder(path: Path) -> "AutoencoderTiny":
-    """The autoencoder of a file with TAESD keys, in float32 and evaluation mode."""
+    """The autoencoder of a file with TAESD keys, in float32 and evaluation mode. ValueError for another file."""
     state = {_from_taesd(key): value.float() for key, value in load_file(path).items() if not key.startswith("vae_")}
     autoencoder = new_autoencoder()
     autoencoder.load_state_dict(state)
@@ -44,11 +44,14 @@ def load_autoencoder(path: Path) -> "AutoencoderTiny":
 
 
 def _to_taesd(key: str) -> str:
-    part, index, rest = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", key).groups()
+    part, _, index, rest = key.split(".", 3)  # encoder.layers.0.weight
     # TAESD's decoder counts its clamp as layer 0; diffusers applies it outside the list.
     return f"taesd_{part}.{int(index) + (part == 'decoder')}.{rest}"
 
 
 def _from_taesd(key: str) -> str:
-    part, index, rest = re.fullmatch(r"taesd_(encoder|decoder)\.(\d+)\.(.+)", key).groups()
+    found = re.fullmatch(r"taesd_(encoder|decoder)\.(\d+)\.(.+)", key)
+    if not found:
+        raise ValueError(f"{key} is no key of a TAESD file: expected the embedded model's autoencoder")
+    part, index, rest = found.groups()
     return f"{part}.layers.{int(index) - (part == 'decoder')}.{rest}"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .outlines import REACH, distance_fields
 
 SIZE = 128  # pixels; 64 image tokens of the small FLUX
+SOFT = 14 * 2 / SIZE  # width of a soft edge in canvas units
 
 SUBJECTS = ("circle", "square", "triangle", "star", "heart", "cross", "crescent", "arrow", "tree", "house")
 GROUNDS = ("flat", "stripes", "diagonal", "checker", "sunset", "dots", "waves")
@@ -162,7 +163,7 @@ def render(scene: Scene, size: int = SIZE) -> Tensor:
     distance, along = _subject_distance(scene, x, y)
     figure, inside = _figure(scene, distance, along, x, y, pixel)
     edge = scene.edge.view(-1, 1, 1)
-    width = torch.where(edge == EDGES.index("soft"), 14 * pixel, pixel)
+    width = torch.where(edge == EDGES.index("soft"), SOFT, pixel)
     image = _mix3(ground, figure, _coverage(inside, width))
     ink = _coverage(distance.abs() - 0.035, pixel) * (edge == EDGES.index("inked"))
     return _mix3(image, torch.full_like(image, 0.06), ink)

@@ -144,7 +144,7 @@ def _plain_key(key: str) -> str:
 
 def _depths(state: Mapping[str, Tensor], *, side: int) -> tuple[int, ...]:
     """Numbers of double and single blocks; ``side`` 0 = original names, 1 = diffusers names."""
-    return tuple(1 + max(_indices(state, stack[side]), default=-1) for stack in STACKS)
+    return tuple(1 + max(_indices(state, stack[:2][side]), default=-1) for stack in STACKS)
 
 
 def _indices(state: Mapping[str, Tensor], stack: str) -> Iterator[int]:

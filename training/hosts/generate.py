@@ -38,14 +38,16 @@ def generate(
     shape = (1, host.latent_channels, height // host.pixels_per_latent, width // host.pixels_per_latent)
     noise = torch.cat([gaussian(shape, generator(seed, "picture", first + i)) for i in range(len(prompts))])
     scale = host.guidance_scale if guidance_scale is None else guidance_scale
+
+    def conditioning(texts: list[str]) -> Conditioning:
+        return with_extras(host.encode_prompts(texts), host.sampling_conditioning)
+
     latents = sample(
         host.denoiser,
         noise.to(host.device),
-        with_extras(host.encode_prompts(prompts), host.sampling_conditioning),
+        conditioning(prompts),
         log_snrs=host.schedule(steps, height * width // host.pixels_per_token**2),
-        null_conditioning=None
-        if scale == 1.0
-        else with_extras(host.encode_prompts([negative] * len(prompts)), host.sampling_conditioning),
+        null_conditioning=None if scale == 1.0 else conditioning([negative] * len(prompts)),
         guidance_scale=scale,
         callback=callback,
     )

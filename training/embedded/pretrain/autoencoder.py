@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from ..autoencoder import load_autoencoder, new_autoencoder, save_autoencoder
 from ..renderer import Scene, render
 from .scenes import training_scenes
 from .stage import flatten_kernels, optimisers, run, trapezoid, unflatten_kernels
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +98,7 @@ def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(model: torch.nn.Module, seed: int, n: int = 64) -> float:
+def psnr(model: "AutoencoderTiny", seed: int, n: int = 64) -> float:
     """Mean PSNR in dB on n whole pictures that training does not see."""
     pictures = render(training_scenes(n, seed, "held-out pictures"))
     decoded = [(model.decoder(model.encoder(2 * p - 1)) + 1) / 2 for p in pictures.split(16)]

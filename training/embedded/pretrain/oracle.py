@@ -1,5 +1,6 @@
 """Stage 2: the oracle, on fresh renders of every attribute value, held-out ones included."""
 
+import functools
 import logging
 from pathlib import Path
 
@@ -25,14 +26,15 @@ LR = 2e-3
 def train_oracle(work: Path, out: Path, *, seed: int, steps: int = STEPS) -> None:
     """Trains and saves the oracle to ``out``; ``work`` holds the checkpoint."""
     torch.manual_seed(seed)  # the process is this command's own: layers draw their initial weights globally
-    model = Oracle().to(memory_format=torch.channels_last)
+    model = Oracle()
+    model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
 
     def step(i: int) -> Tensor:
         scene = any_scene(BATCH, seed, "oracle", i)
         pictures = _disturbed(render(scene), generator(seed, "oracle noise", i))
         logits = model(pictures)
-        loss = sum(F.cross_entropy(logits[name], getattr(scene, name)) for name in HEADS)
+        loss = functools.reduce(torch.add, (F.cross_entropy(logits[name], getattr(scene, name)) for name in HEADS))
         loss.backward()
         return loss
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,6 @@ from ...errors import NonFiniteLoss
 from ...formats.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    def state_dict(self) -> Mapping[str, Any]: ...
-    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class Flattened(nn.Module):
@@ -68,7 +63,7 @@ def optimisers(
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     """Exponential average of the weights, short at first so that the initial weights are soon forgotten."""
 
-    def average(averages: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+    def average(averages: Any, current: Any, updates: Any) -> None:
         n = int(updates)
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
 
@@ -87,7 +82,7 @@ def run(
     steps: int,
     optimizers: list[Optimizer],
     schedule: Callable[[int], float],
-    parts: Mapping[str, Stateful],
+    parts: Mapping[str, Any],  # whatever has state_dict and load_state_dict
     *,
     save_every: int = 500,  # steps
     report_every: int = 100,  # steps
@@ -98,7 +93,7 @@ def run(
     NonFiniteLoss where the loss became NaN or infinite; the checkpoint is then an earlier, sound one.
     """
     schedulers = [LambdaLR(optimizer, schedule) for optimizer in optimizers]
-    everything = dict(parts)
+    everything: dict[str, Any] = dict(parts)
     everything |= {f"optimizer{i}": part for i, part in enumerate(optimizers)}
     everything |= {f"schedule{i}": part for i, part in enumerate(schedulers)}
     start = _resume(checkpoint, everything)
@@ -130,7 +125,7 @@ def _finite_mean(losses: list[Tensor], where: str) -> float:
     return mean
 
 
-def _resume(checkpoint: Path, parts: Mapping[str, Stateful]) -> int:
+def _resume(checkpoint: Path, parts: Mapping[str, Any]) -> int:
     if not checkpoint.exists():
         return 0
     state = load_state(checkpoint)

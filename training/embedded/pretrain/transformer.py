@@ -80,8 +80,9 @@ def train_transformer(work: Path, out: Path, *, seed: int, steps: int = STEPS) -
     matrices = optimisers(model.named_parameters(), is_block_matrix, LR)
     parts = {"model": model, "average": average}
     run(work / "transformer.safetensors", step_and_average, steps, matrices, trapezoid(steps, 150, 0.5), parts)
-    save_transformer(out / "transformer.safetensors", average.module.transformer)
-    state = {key: value.to(torch.bfloat16) for key, value in average.module.text_encoder.state_dict().items()}
+    model.load_state_dict(average.module.state_dict())
+    save_transformer(out / "transformer.safetensors", model.transformer)
+    state = {key: value.to(torch.bfloat16) for key, value in model.text_encoder.state_dict().items()}
     write_atomically(out / "text_encoder.safetensors", lambda temporary: save_file(state, temporary))
 
 
