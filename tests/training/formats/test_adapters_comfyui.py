@@ -91,7 +91,7 @@ def test_trained_on_comfyuis_own_model(tmp_path, caplog, family, method):
     network = patcher.model.diffusion_model
     layers = {n: layer for n, layer in layers_of(network).items() if fitting(method, n, layer)}
     network_weights = {n: layer.weight.detach().clone() for n, layer in layers.items()}
-    assert len(layers) > 20
+    assert len(layers) >= 20
     config, state = train_on(network, layers, family, method)
     tree = Tree({n: as_layer(weight, layers[n]) for n, weight in network_weights.items()})
     wanted = adapted_weights(tree, config, family, state)

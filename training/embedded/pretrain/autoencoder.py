@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEPS = 1000
-DECODER_STEPS = 800
+DECODER_STEPS = 500
 BATCH = 8
 CROP = 64  # pixels
 LATENT_NOISE = 0.15  # largest deviation of the noise added before decoding: a smoother latent is easier to model
