@@ -139,7 +139,7 @@ def test_refining_the_decoder_leaves_the_latents_alone(straight, tmp_path):
 
 def test_another_seed_needs_another_folder(tmp_path):
     build.build(tmp_path / "work", tmp_path / "out", stages=("oracle",))
-    with pytest.raises(ValueError, match="work for seed 0.* seed 1"):
+    with pytest.raises(ValueError, match=r"work for seed 0.* seed 1"):
         build.build(tmp_path / "work", tmp_path / "out", seed=1, stages=("oracle",))
     build.build(tmp_path / "other", tmp_path / "more", seed=1, stages=("oracle",))
     files = [load_file(tmp_path / folder / "oracle.safetensors") for folder in ("out", "more")]
