@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io
 
-from .bridge.embedded import load_embedded
-
 
 class EmbeddedModelNode(io.ComfyNode):
     @classmethod
@@ -30,5 +28,7 @@ class EmbeddedModelNode(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
+        from .bridge.embedded import load_embedded  # its parts: not at start-up
+
         embedded = load_embedded()
         return io.NodeOutput(embedded.model, embedded.clip, embedded.vae)

@@ -1,13 +1,15 @@
 """A style adapter on a model, complete or with a message."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .bridge.adapters import Applied, apply_adapter, read_tensors, with_origin
 from .bridge.files import adapter_names, adapter_path
-from .bridge.previews import show_text
 from .sockets import LORA
+
+if TYPE_CHECKING:
+    from .bridge.adapters import Applied
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,9 @@ class StyleLoRALoader(io.ComfyNode):
         lora: dict | None = None,
         clip: object = None,
     ) -> io.NodeOutput:
+        from .bridge.adapters import apply_adapter, read_tensors, with_origin  # the file formats: not at start-up
+        from .bridge.previews import show_text
+
         if (lora is None) == (lora_name == NO_FILE):
             raise ValueError(
                 f"an adapter comes either from a file or from the lora input: got lora_name={lora_name!r} and "
@@ -98,7 +103,7 @@ class StyleLoRALoader(io.ComfyNode):
         return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase)
 
 
-def report(name: str, applied: Applied) -> str:
+def report(name: str, applied: "Applied") -> str:
     """What was applied, and what was not."""
     text = f"{name}: {applied.layers} layers"
     if applied.homeless:

@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import comfy.model_patcher
@@ -18,17 +17,15 @@ from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
-from ...training.formats.adapters import convert_adapter
 from ...training.formats.contents import read_adapter
-from ...training.formats.keys import FAMILIES
 from ...training.formats.state import write_atomically
 from ...training.hosts.generate import generate
 from ...training.hosts.host import Host
 from ...training.loops.checkpoint import FREE, RunDirectory
 from ...training.loops.config import TrainConfig, config_to_table
 from ...training.loops.train import TrainResult, train
-from .adapters import AdapterTensors, read_tensors, weights_of
-from .families import family_of, latents_per_token, model_name
+from .adapters import AdapterTensors, read_tensors
+from .families import latents_per_token, model_name
 from .files import free_adapter_path, run_folder
 from .host import comfy_host
 from .previews import TrainingProgress, decoder_for_previews
@@ -38,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 # A backward pass with checkpointing keeps a few times what sampling needs. ComfyUI makes that much room.
 MEMORY_FACTOR = 4
-# What ComfyUI computes from such an adapter depends on the weights below it.
-BY_WEIGHTS = ("dora", "oft")
 
 
 @dataclass(frozen=True)
@@ -80,8 +75,6 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     assert config.resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)
-    if config.adapter.method == "oft" and family_of(model) not in FAMILIES:
-        raise ValueError(f"ComfyUI has no form of oft for a {model_name(model)}: choose lora, lokr or loha")
     path = free_adapter_path(job.file_name)
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=config.resolution)
     progress = TrainingProgress(config.steps, node_id)
@@ -104,9 +97,9 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
         try:
             result = _train(sockets, job, replace(host, decode_latents=decode), dataset, run.path, progress)
         except BaseException:
-            _publish_partial(run, path, model)
+            _publish_partial(run, path)
             raise
-        publish(run.adapter, path, model, config.adapter.method)
+    publish(run.adapter, path)
     for file in (run.adapter, run.checkpoint):  # several times the adapter's size, and of no more use
         file.unlink(missing_ok=True)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
@@ -150,25 +143,22 @@ def sample_prompts(config: TrainConfig) -> list[str]:
     return [styled(prompt, phrase) if phrase else prompt for prompt in config.sample_prompts]
 
 
-def publish(source: Path, target: Path, model: comfy.model_patcher.ModelPatcher, method: str) -> None:
-    """A run's adapter as a file that ComfyUI applies exactly. To be called while the model is loaded."""
-    if method in BY_WEIGHTS:
-        convert_adapter(source, target, "comfyui", weights=weights_of(model))
-    else:
-        write_atomically(target, partial(_copy, source))
+def publish(source: Path, target: Path) -> None:
+    """A copy of a run's adapter, which is there whole or not at all."""
+    write_atomically(target, lambda temporary: _copy(source, temporary))
 
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _publish_partial(run: RunDirectory, path: Path, model: comfy.model_patcher.ModelPatcher) -> None:
+def _publish_partial(run: RunDirectory, path: Path) -> None:
     """The adapter of a run that stopped, under a name that says so."""
     about = read_adapter(run.adapter).about if run.adapter.exists() else None
     if about is None or not about.steps:
         return
     so_far = path.with_name(f"{path.stem}partial{path.suffix}")
-    publish(run.adapter, so_far, model, about.method)
+    publish(run.adapter, so_far)
     logger.warning("stopped at step %d; the adapter so far is %s, and the same run will continue", about.steps, so_far)
 
 

@@ -71,6 +71,16 @@ def test_every_style_lands_complete_and_means_the_same(style, tiny, loras):
         torch.testing.assert_close(found[f"diffusion_model.{name}.weight"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_family_without_a_name_of_ours_lands_complete(tiny, loras):
+    model, names = tiny("qwen"), ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.txt_mlp.net.2"]
+    saved(loras / "one.safetensors", model, "other", names, None)
+    patched, _, phrase = load(model, "one.safetensors")
+    assert patched.patches.keys() == {f"diffusion_model.{name}.weight" for name in names}
+    assert phrase == "wet ink"
+    with pytest.raises(ValueError, match="nothing of"):
+        load(tiny("flux"), "one.safetensors")
+
+
 def test_the_attention_layers_of_a_peft_file_for_sd15_are_not_lost(tiny, loras):
     """ComfyUI's own loader places proj_in and drops the rest without a word above the log."""
     import comfy.sd

@@ -30,7 +30,11 @@ class LowRank(Function):
         inner = rows @ a.T
         ctx.save_for_backward(rows, inner, a, b)
         ctx.scale, ctx.shape = scale, x.shape
-        return torch.addmm(result.reshape(-1, result.shape[-1]), inner, b.T, alpha=scale).view(result.shape)
+        # No view of a product: autograd forbids writing in place into a view that a Function made, and blocks do.
+        output = torch.empty_like(result, memory_format=torch.contiguous_format)
+        flat = output.view(-1, result.shape[-1])
+        torch.addmm(result.reshape(flat.shape), inner, b.T, alpha=scale, out=flat)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override]

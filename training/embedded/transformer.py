@@ -27,6 +27,7 @@ def new_transformer() -> "FluxTransformer2DModel":
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
+        out_channels=4 * LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=128,  # FLUX's own, which its rotary axes (16 + 56 + 56) have to fill

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from stylewright.training.data import Dataset, Example
+from stylewright.training.data.dataset import Dataset, Example
 from stylewright.training.data.dataset import turns
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from stylewright.training.data import encode, items_from_memory, read_folder
+from stylewright.training.data.encoding import encode
+from stylewright.training.data.items import items_from_memory, read_folder
 from stylewright.training.hosts.host import Host
 
 TOKEN = 16
