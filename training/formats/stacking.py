@@ -37,7 +37,7 @@ def merged(layers: Sequence[Layer | None]) -> Layer | None:
     method, names, scale = first.method, set(first.tensors), first.scale
     layers = [None if layer is None else folded(layer, scale) for layer in layers]
     present = [layer for layer in layers if layer is not None]
-    if any(layer.method != method or set(layer.tensors) != names for layer in present):
+    if method == "glora" or any(layer.method != method or set(layer.tensors) != names for layer in present):
         return None
     if len(present) == len(layers) and (one := _sharing_inputs(present)):
         return one

@@ -4,8 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from stylewright.training.data.dataset import Dataset, Example
-from stylewright.training.data.dataset import turns
+from stylewright.training.data.dataset import Dataset, Example, turns
 
 
 def example(number, height=4, width=6, tokens=3, repeats=1, mask=False):

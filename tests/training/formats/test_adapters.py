@@ -140,6 +140,16 @@ def test_a_fresh_adapter_comes_back_as_it_is(tmp_path):
     assert all(torch.equal(loaded.state[name], value) for name, value in fresh.items())
 
 
+def test_a_fresh_rotation_keeps_its_parts_apart(tmp_path):
+    """All rotations are the identity then, and equal; the form in the file has the rows of one part."""
+    path = tmp_path / "adapter.safetensors"
+    tree, config, state, _ = train("flux", "diffusers", "oft")
+    fresh = {name: torch.zeros_like(value) for name, value in state.items()}
+    save(path, "flux", config, fresh, tree, "kohya")
+    assert load_file(path)["transformer.transformer_blocks.0.attn.to_q.b1.weight"].shape == (24, 1)
+    assert load_adapter(path).state.keys() == state.keys()
+
+
 @pytest.mark.parametrize("method", ["rslora", "dora", "loha", "oft"])
 def test_conversion_is_as_if_saved_so(tmp_path, method):
     tree, config, state, _ = train("flux", "diffusers", method)
