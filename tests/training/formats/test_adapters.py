@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.formats.adapters import convert_adapter, inspect_adapter, load_adapter, save_adapter
+from stylewright.training.formats.contents import read_adapter
+from stylewright.training.formats.keys import diffusers_names
+from stylewright.training.formats.layers import product
 from stylewright.training.formats.spelling import STYLES
 
 LAYOUTS = ("diffusers", "native")
@@ -238,6 +241,21 @@ def test_the_scale_is_in_the_file(tmp_path, style):
         assert report.alphas == pytest.approx((3 * scale if style in ("kohya", "comfyui") else 3.0,))
         stated = json.loads(report.metadata["stylewright.alpha"])
         assert stated == config.alpha
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "lokr", "loha"])
+def test_files_mean_what_peft_computed(tmp_path, method):
+    """The products in the file, with its own alphas, are what peft adds: also where the scale is in the tensors."""
+    path = tmp_path / "adapter.safetensors"
+    tree, config, state, wanted = train("sd15", "native", method)
+    for style in STYLES:
+        save(path, "sd15", config, state, tree, style)
+        layers = read_adapter(path).layers
+        for name, weight in wanted.items():
+            layer = layers.get(name) or layers[diffusers_names("sd15", name)[0]]
+            torch.testing.assert_close(
+                product(layer), (weight - tree.weight(name)).flatten(1), atol=1e-6, rtol=1e-4, msg=f"{style}: {name}"
+            )
 
 
 def test_a_file_of_another_tool(tmp_path):
