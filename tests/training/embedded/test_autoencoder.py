@@ -107,9 +107,8 @@ def test_saving_and_loading_are_inverses(autoencoder, tmp_path):
 
 def test_the_file_is_half_the_size_but_for_its_two_numbers(autoencoder, tmp_path):
     save_autoencoder(tmp_path / "a.safetensors", autoencoder)
-    numbers = {
-        key: value for key, value in load_file(tmp_path / "a.safetensors").items() if value.dtype != torch.bfloat16
-    }
+    state = load_file(tmp_path / "a.safetensors")
+    numbers = {key: value for key, value in state.items() if value.dtype != torch.bfloat16}
     assert numbers == {"vae_scale": torch.tensor(FLUX["scale"]), "vae_shift": torch.tensor(FLUX["shift"])}
 
 

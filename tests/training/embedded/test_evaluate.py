@@ -86,9 +86,8 @@ def drawn(shipped_host):
 def test_the_shipped_model_draws_what_it_is_asked_for(drawn, shipped_host, shipped_oracle, monkeypatch):
     prompts, pictures = drawn
     monkeypatch.setattr(evaluate, "draw", lambda *_, **__: pictures)
-    shares = {
-        name: value.mean for name, value in figures(judge(shipped_host, shipped_oracle, prompts, **DRAWING)).items()
-    }
+    scores = judge(shipped_host, shipped_oracle, prompts, **DRAWING)
+    shares = {name: value.mean for name, value in figures(scores).items()}
     assert shares["palette"] >= 0.9, shares
     assert min(shares[name] for name in ("subject", "ground", "fill", "edge")) >= 0.6, shares
 

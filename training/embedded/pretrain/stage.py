@@ -131,5 +131,19 @@ def _resume(checkpoint: Path, parts: Mapping[str, Any]) -> int:
     state = load_state(checkpoint)
     for name, part in parts.items():
         part.load_state_dict(state[name])
+        if isinstance(part, Optimizer):
+            _lay_out_as_parameters(part)
     logger.info("%s: continues at step %d", checkpoint.stem, state["step"])
     return state["step"]
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Gives loaded state the memory layout of its parameters.
+
+    Files hold tensors row by row; fused AdamW walks through a parameter and its averages side by side in memory, and
+    would pair the wrong elements where the parameter is laid out channels last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -71,6 +71,31 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path, stop_at):
     assert rest.rates == straight.rates[rest.seen[0] :]
 
 
+def test_a_resumed_run_of_a_network_laid_out_channels_last(tmp_path):
+    """The file knows no memory layout, and fused AdamW pairs elements by their place in memory."""
+
+    def train(name, *, until=5):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Conv2d(5, 7, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+        def step(i):
+            if i == until:
+                raise KeyboardInterrupt
+            loss = model(torch.randn(2, 5, 8, 8, generator=generator(1, "x", i))).square().mean()
+            loss.backward()
+            return loss
+
+        run(tmp_path / name, step, 5, [optimizer], lambda _: 1.0, {"model": model}, save_every=1)
+        return model.state_dict()
+
+    expected = train("straight")
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", until=3)
+    assert_equal(train("stopped"), expected)
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     expected = Stage(tmp_path / "a.safetensors").run()
     again = Stage(tmp_path / "a.safetensors")
