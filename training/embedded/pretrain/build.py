@@ -14,9 +14,9 @@ from .transformer import train_transformer
 def build(work: Path, out: Path, *, seed: int = 0, stages: tuple[str, ...] | None = None) -> None:
     """Runs the stages (None = all) in order. ``work`` holds checkpoints and latents, ``out`` gets the weights.
 
-    On one machine and one thread (OMP_NUM_THREADS=1) the result is the same every time, bit for bit; several threads
-    may round otherwise from one run to the next. A stage that is finished is skipped, one that was interrupted continues. ValueError for an unknown stage, and where ``work``
-    belongs to another seed.
+    On one machine with the same number of threads the result is the same every time. A stage that is finished is
+    skipped, one that was interrupted continues. ValueError for an unknown stage, and where ``work`` belongs to
+    another seed.
     """
     if unknown := [name for name in stages or () if name not in STAGES]:
         raise ValueError(f"unknown stage {unknown[0]!r}: expected some of {', '.join(STAGES)}")

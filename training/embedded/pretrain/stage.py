@@ -132,6 +132,8 @@ def _resume(checkpoint: Path, parts: Mapping[str, Any]) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
         if isinstance(part, Optimizer):
+            _lay_out_alike(part)
+        if isinstance(part, Optimizer):
             _lay_out_as_parameters(part)
     logger.info("%s: continues at step %d", checkpoint.stem, state["step"])
     return state["step"]
@@ -142,6 +144,18 @@ def _lay_out_as_parameters(optimizer: Optimizer) -> None:
 
     Files hold tensors row by row; fused AdamW walks through a parameter and its averages side by side in memory, and
     would pair the wrong elements where the parameter is laid out channels last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+@torch.no_grad()
+def _lay_out_alike(optimizer: Optimizer) -> None:
+    """Gives the state of each parameter the memory layout of the parameter.
+
+    A file keeps values only, and AdamW's fused kernel pairs a parameter with its moments by their places in memory.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
