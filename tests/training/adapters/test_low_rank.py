@@ -36,10 +36,10 @@ def layer(method="lora", *, bias=True, dtype=torch.float32, alpha=2.0, dropout=0
     return net[0].eval()
 
 
-def gradients(adapted, x, weights):
-    """Output and the gradients of input, A and B."""
+def gradients(adapted, x, weights, of=None):
+    """Output and the gradients of input, A and B: those of the layer ``of``, where ``adapted`` is none."""
     x = x.clone().requires_grad_(True)
-    parameters = [parameter for name, parameter in adapted.named_parameters() if "lora" in name]
+    parameters = [parameter for name, parameter in (of or adapted).named_parameters() if "lora" in name]
     output = adapted(x)
     return output, *torch.autograd.grad((output.float() * weights).sum(), [x, *parameters])
 
@@ -139,3 +139,13 @@ def test_only_plain_lora_on_linear_layers_is_changed(method, fused):
             net[:2](torch.randn(3, 8, generator=generator(0, "x"))).sum().backward()
     assert not any("forward" in vars(part) for part in inside)
     assert [set(vars(part)) for part in net] == before
+
+
+def test_the_output_may_be_written_into():
+    """As the blocks of ComfyUI's UNet and diffusers' ResNets do."""
+    adapted, x, weights = layer(), draw(2, 5, INPUTS), draw(2, 5, OUTPUTS, seed=1)
+    with low_rank_products([adapted]):
+        plain = gradients(adapted, x, weights)
+        written = gradients(lambda given: adapted(given).mul_(2.0), x, weights, adapted)
+    for one, other in zip(plain, written, strict=True):
+        torch.testing.assert_close(2 * one, other)
