@@ -43,8 +43,8 @@ Training = Callable[[int], object]  # optimizer steps -> whatever
 class Result:
     """What was measured of one contender."""
 
-    seconds: float  # of an optimizer step: median of the rounds' means
-    least_seconds: float  # least of the rounds' means
+    seconds: float  # of an optimizer step: least of the rounds' means, which others' work disturbs least
+    median_seconds: float  # median of the rounds' means
     extra_bytes: int  # beyond the loaded model
     gflop: float  # of an optimizer step, counted
 
@@ -119,7 +119,7 @@ def measure(connections: dict[str, Connection], options: argparse.Namespace) -> 
         shown = ", ".join(f"{name} {1e3 * seconds[-1]:.0f} ms" for name, seconds in rounds.items())
         print(f"round {number} of {options.rounds}: {shown}", file=sys.stderr)
     return {  # without the first: what a step does only once is no part of the others
-        name: Result(statistics.median(seconds[1:]), min(seconds[1:]), **costs[name])
+        name: Result(min(seconds[1:]), statistics.median(seconds[1:]), **costs[name])
         for name, seconds in rounds.items()
     }
 
@@ -245,9 +245,9 @@ def gflop(train: Training) -> float:
 def show(results: dict[str, Result], options: argparse.Namespace) -> None:
     how = "every block recomputed" if options.checkpointing else "recomputing only where it cannot be switched off"
     print(f"batch {options.batch_size}, rank {options.rank}, float32, {how}")
-    print(f"\n{'':22}{'ms a step':>10}{'least':>10}{'extra MB':>10}{'GFLOP':>10}")
+    print(f"\n{'':22}{'ms a step':>10}{'median':>10}{'extra MB':>10}{'GFLOP':>10}")
     for name, result in results.items():
-        seconds = f"{1e3 * result.seconds:>10.1f}{1e3 * result.least_seconds:>10.1f}"
+        seconds = f"{1e3 * result.seconds:>10.1f}{1e3 * result.median_seconds:>10.1f}"
         print(f"{name:22}{seconds}{result.extra_bytes / MEGABYTE:>10.1f}{result.gflop:>10.2f}")
     print(f"\n{'ratio of':46}{'time':>8}{'memory':>8}")
     for ours, theirs in RATIOS:
