@@ -92,7 +92,9 @@ def compare(folder: Path, runs: int) -> Comparison:
     starts, loads = [], []
     loaded_apart(folder / "first")  # compiles what has changed
     for number in range(runs):
-        starts.append((start(plain), start(packed)))
+        order = (plain, packed) if number % 2 == 0 else (packed, plain)
+        both = {base: start(base) for base in order}
+        starts.append((both[plain], both[packed]))
         loads.append(loaded_apart(folder / f"load-{number}"))
         shown = ", ".join(f"{s.seconds:.2f} s ({s.cpu_seconds:.2f} s CPU)" for s in starts[-1])
         print(f"start {number + 1} of {runs}: without and with {shown}", file=sys.stderr)

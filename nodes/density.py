@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..training.densities import DENSITIES, DensityConfig, build_density
 from .bridge.families import model_name
+from .bridge.families import reference_tokens as stated_tokens
 from .bridge.noise_levels import noise_levels
 from .density_picture import draw_density
 from .sockets import DENSITY, StyleDensity
@@ -58,7 +59,8 @@ class StyleDensityNode(io.ComfyNode):
                     max=1 << 20,
                     tooltip=(
                         "The picture size that the law is stated for, in image tokens of 16x16 pixels (4096 = "
-                        "1024x1024). Training at another size carries it over: small pictures need less noise. 0 = off."
+                        "1024x1024). Training at another size carries it over: small pictures need less noise. 0 = as "
+                        "the model has it: 4096 on the embedded model, off on others."
                     ),
                 ),
                 io.Float.Input(
@@ -106,8 +108,11 @@ class StyleDensityNode(io.ComfyNode):
         config = density_config(law, mu, sigma, reference_tokens, shift)
         tokens = (resolution // PIXELS_PER_TOKEN) ** 2
         log_snr_range = UNBOUNDED if model is None else noise_levels(model).log_snr_range
-        density = build_density(config, log_snr_range, tokens)
+        drawn = config if model is None else config.stated_for(stated_tokens(model))
+        density = build_density(drawn, log_snr_range, tokens)
         title = law if law != NORMAL else f"N(mu {mu:g}, sigma {sigma:g})"
+        if drawn.reference_tokens not in (None, tokens):
+            title += f" of {drawn.reference_tokens} tokens, carried to {tokens}"
         if model is not None:
             title += f" on {model_name(model)}"
         picture = draw_density(density, title)

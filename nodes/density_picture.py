@@ -4,10 +4,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..training.densities import Density, mean_time, quantiles, share_below
+from ..training.densities import STYLE_WINDOW, Density, mean_time, quantiles, share_below
 from ..training.noise import time_of_log_snr
 
-STYLE_WINDOW = -6.52  # arXiv 2411.14793 v3, Fig. 4: prompts switched above this log_snr no longer change the style
 LOW, HIGH = -14.0, 8.0  # of the axis, in log_snr
 WIDTH, HEIGHT = 640, 360  # pixels
 LEFT, TOP, RIGHT, BOTTOM = 24, 64, 616, 308  # of the plot

@@ -23,6 +23,8 @@ from .noise import resolution_shift, time_of_log_snr, timestep_shift
 # Uniforms of exactly 0 or 1 belong to infinite noise levels. One step of float64 inside, the normal's quantile is
 # finite (8.2 standard deviations), and the mass that moves is 1e-16.
 SMALLEST_SHARE = 2.0**-53
+# Style-Friendly SNR Sampler, v3, Fig. 4: above this log_snr another prompt no longer changes the style.
+STYLE_WINDOW = -6.52
 # A range that a law reaches less often than this is a mistake of the user's, not a law to sample from.
 SMALLEST_MASS = 1e-9
 
@@ -183,8 +185,8 @@ class Truncated:
         below, up_to = self.shares()
         if not up_to - below > SMALLEST_MASS:
             raise ValueError(
-                f"The density {self.density.describe()} has a share of {up_to - below:.1e} within the model's range of "
-                f"log_snr, [{self.low:.2f}, {self.high:.2f}]: move its mean towards that range."
+                f"The density {sentence(self.density.describe())} has a share of {up_to - below:.1e} within the "
+                f"model's range of log_snr, [{self.low:.2f}, {self.high:.2f}]: move its mean towards that range."
             )
 
     def shares(self) -> tuple[float, float]:
@@ -255,6 +257,19 @@ def require_increasing(name: str, values: tuple[float, ...]) -> None:
         raise ValueError(f"Got {name} {values[:4]} … of length {len(values)}: expected finite, increasing values.")
 
 
+def sentence(law: dict) -> str:
+    """What :meth:`Density.describe` gave, in one line: "truncated low=-5.36 high=7.07 of normal mu=-6 sigma=2"."""
+    words = [law["law"]]
+    for name, value in law.items():
+        if name == "of":
+            words.append(f"of {sentence(value)}")
+        elif name == "parts":
+            words.append(f"of ({'; '.join(map(sentence, value))})")
+        elif name != "law":
+            words.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+    return " ".join(words)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Presets, and the law of a run
 
@@ -294,7 +309,11 @@ class DensityConfig:
     mu: float | None = None  # replaces the mean of a normal preset; None = as in the preset
     sigma: float | None = None  # replaces its standard deviation
     shift: float = 1.0  # a further timestep shift, which adds -2 log(shift); the paper applies none
-    reference_tokens: int | None = None  # the law is stated for this many image tokens; None = for any number
+    reference_tokens: int | None = None  # the law is stated for this many image tokens; None = as the model has it
+
+    def stated_for(self, reference_tokens: int | None) -> "DensityConfig":
+        """The law as stated for pictures of so many image tokens (None = for any number), unless it says itself."""
+        return self if self.reference_tokens is not None else replace(self, reference_tokens=reference_tokens)
 
 
 def build_density(config: DensityConfig, log_snr_range: tuple[float, float], tokens: int) -> Density:

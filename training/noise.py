@@ -100,6 +100,9 @@ def timestep_shift(shift: float) -> float:
     return -2 * math.log(shift)
 
 
+PUBLISHED_TOKENS = 4096  # published laws are stated for pictures of 1024x1024, in tokens of 16x16 pixels
+
+
 def resolution_shift(tokens: int, reference_tokens: int) -> float:
     """What to add to a log_snr stated for ``reference_tokens`` so that it destroys as much at ``tokens``.
 

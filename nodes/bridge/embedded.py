@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ...training.embedded.text import TextEncoder
 from ...training.embedded.vocabulary import PAD, SLOTS, WORDS, explain_unknown, tokenize
 from ...training.embedded.weights import Weights
+from ...training.noise import PUBLISHED_TOKENS
+from .families import REFERENCE_TOKENS
 
 KEY = "stylewright"  # under which our tokens travel from the tokenizer to the text encoder
 Tokens = dict[str, list[list[tuple[int, float]]]]
@@ -34,8 +36,10 @@ def load_embedded(weights: Weights | None = None) -> EmbeddedModel:
                 f"the embedded model is incomplete: {path} is missing. Install the pack again, or rebuild the "
                 "weights with `stylewright embedded`"
             )
+    model = comfy.sd.load_diffusion_model(str(weights.transformer))
+    model.set_attachments(REFERENCE_TOKENS, PUBLISHED_TOKENS)
     return EmbeddedModel(
-        model=comfy.sd.load_diffusion_model(str(weights.transformer)),
+        model=model,
         clip=load_text_encoder(weights),
         vae=load_autoencoder(weights),
     )

@@ -2,6 +2,8 @@
 
 import comfy.model_patcher
 
+# Attachment of a MODEL whose laws of the noise level are stated for pictures of so many image tokens.
+REFERENCE_TOKENS = "stylewright.reference_tokens"
 OTHER = "other"  # a family we have no presets for: generic targets
 
 # comfy.supported_models class -> family of the target presets. A class counts for what derives from it.
@@ -36,3 +38,8 @@ def is_guidance_distilled(model: comfy.model_patcher.ModelPatcher) -> bool:
 def latents_per_token(model: comfy.model_patcher.ModelPatcher) -> int:
     """Side of a token in latent pixels. A UNet has no tokens; counted like a transformer's, one rule holds for all."""
     return int(model.model.model_config.unet_config.get("patch_size", 2) or 2)
+
+
+def reference_tokens(model: comfy.model_patcher.ModelPatcher) -> int | None:
+    """Image tokens that laws of the noise level are stated for, carried to those of the pictures. None = for any."""
+    return model.get_attachment(REFERENCE_TOKENS)

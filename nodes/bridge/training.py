@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...training.adapters.attach import layers_to_adapt
 from ...training.data.cache import digest
 from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
@@ -71,17 +72,20 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     An interrupt, or whatever else stops the run, leaves the adapter of the last complete step beside the others, and
     is raised again. The same job, asked for once more, continues where it stopped.
     """
-    config = job.config
-    assert config.resolution is not None, "a dataset states one"
+    config, resolution = job.config, job.config.resolution
+    assert resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)
     path = free_adapter_path(job.file_name)
-    host = comfy_host(model, sockets.clip, sockets.vae, resolution=config.resolution)
+    host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution)
+    config = replace(config, density=config.density.stated_for(host.reference_tokens))
+    job = replace(job, config=config)
+    layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
     progress = TrainingProgress(config.steps, node_id)
     dataset = encode(
         job.items,
         host,
-        resolution=config.resolution,
+        resolution=resolution,
         style_phrase=config.style_phrase,
         caption_mode=job.caption_mode,
         caption_dropout=config.caption_dropout,

@@ -252,6 +252,21 @@ def test_density_reaches_the_run(embedded, dataset, folders):
     assert json.loads((folder / "config.json").read_text())["density"]["reference_tokens"] == 4096
 
 
+def test_the_embedded_model_carries_the_law_to_its_own_size(embedded, dataset, folders):
+    import json
+
+    from stylewright.nodes.trainer import StyleFriendlySNRTrainer
+
+    class Node(StyleFriendlySNRTrainer):
+        pass
+
+    Node.hidden = type("Hidden", (), {"unique_id": None})
+    with torch.inference_mode():
+        Node.execute(embedded.model.clone(), embedded.clip, embedded.vae, dataset, **options(steps=1))
+    (folder,) = (folders[1] / "stylewright").iterdir()
+    assert json.loads((folder / "config.json").read_text())["density"]["reference_tokens"] == 4096
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

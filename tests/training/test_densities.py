@@ -285,6 +285,19 @@ def test_resolution_rule_is_off_until_a_reference_is_given(tokens, median):
     assert d.quantiles(d.build_density(off, clocks.FLOW_RANGE, tokens), (0.5,)) == pytest.approx([-6], abs=1e-3)
 
 
+def test_a_model_states_the_reference_where_the_user_does_not():
+    assert d.DensityConfig(mu=-3.0).stated_for(4096) == d.DensityConfig(mu=-3.0, reference_tokens=4096)
+    assert d.DensityConfig(reference_tokens=1024).stated_for(4096).reference_tokens == 1024
+    assert d.DensityConfig().stated_for(None) == d.DensityConfig()
+
+
+def test_a_law_is_a_sentence():
+    law = d.Truncated(d.Mixture((d.Normal(-6, 2), d.UniformTime()), (0.8, 0.2)), -5.364, 7.069)
+    assert d.sentence(law.describe()) == (
+        "truncated low=-5.364 high=7.069 of mixture weights=[0.8, 0.2] of (normal mu=-6 sigma=2; uniform-time shift=1)"
+    )
+
+
 def test_a_further_shift_moves_the_law_towards_noise():
     law = d.build_density(d.DensityConfig(shift=3.0), clocks.FLOW_RANGE, tokens=4096)
     assert d.quantiles(law, (0.5,)) == pytest.approx([-8.197], abs=1e-3)

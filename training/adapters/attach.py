@@ -94,9 +94,7 @@ def attached(
     target presets. ValueError, before anything is touched, for targets that match nothing, a rank larger than a
     layer, or a model that carries a peft adapter already.
     """
-    _refuse_adapted(module)
-    names = resolve_targets(module, target_patterns(family, config.targets))
-    check_layers(config, {name: module.get_submodule(name) for name in names})
+    names = layers_to_adapt(module, config, family=family)
     with _restored(module, names):
         layers = _inject(module, config, names)
         tensors = _tensors(module, layers)
@@ -106,6 +104,14 @@ def attached(
             _measure_magnitudes(layer)
         with low_rank_products(layers.values()):
             yield Adapter(config, layers, tensors)
+
+
+def layers_to_adapt(module: nn.Module, config: AdapterConfig, *, family: str) -> list[str]:
+    """The layers that :func:`attached` would put the adapter on. ValueError where it would raise one."""
+    _refuse_adapted(module)
+    names = resolve_targets(module, target_patterns(family, config.targets))
+    check_layers(config, {name: module.get_submodule(name) for name in names})
+    return names
 
 
 def _refuse_adapted(module: nn.Module) -> None:

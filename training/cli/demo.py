@@ -26,10 +26,6 @@ def demo(
     from ..demo.report import write_report
 
     began = time.monotonic()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be made a folder ({error.strerror}): name another one") from error
     options = DemoOptions(style=style, image=image, subject=subject, steps=steps, seed=seed)
     with progress_bar() as update:
         experiment = run_experiment(options, out, lambda law, done, total: update(f"learning, {law} law", done, total))

@@ -7,7 +7,6 @@ import typer
 from .output import Json, show
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
-STYLE_WINDOW = -6.52  # Style-Friendly paper, section 5: prompts switched above this log_snr no longer change the style
 
 Preset = Annotated[str, typer.Option(help="A named law; --mu and --sigma replace its own.")]
 Mu = Annotated[float | None, typer.Option(help="Mean of log_snr.")]
@@ -44,7 +43,7 @@ def measure(config: Any, family: str | None, tokens: int, below: list[float]) ->
     """The figures of a law (a DensityConfig). ``t`` is flow time, 1 = noise; shares are of draws."""
     import torch
 
-    from ..densities import mean_time, quantiles, share_below
+    from ..densities import STYLE_WINDOW, mean_time, quantiles, share_below
     from ..noise import time_of_log_snr
 
     law = law_of(config, family, tokens)
@@ -92,26 +91,15 @@ def range_of(family: str) -> tuple[float, float]:
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The same figures for people."""
+    from ..densities import sentence
+
     window = result["style_window"]
     where = f" on the range of {result['family']}" if result["family"] else ""
     return [
-        f"{_sentence(result['density'])}{where}",
+        f"{sentence(result['density'])}{where}",
         f"mean t {result['mean_t']:.4f}   (flow time: 0 = data, 1 = noise)",
         "draws below   log_snr        t",
         *(f"{100 * q['share']:9.0f} %   {q['log_snr']:7.3f}   {q['t']:.4f}" for q in result["quantiles"]),
         *(f"P(log_snr < {x}) = {share:.4f}" for x, share in result["below"].items()),
         f"style window (log_snr < {window['below']:g}): {100 * window['share']:.1f} % of the draws",
     ]
-
-
-def _sentence(law: dict[str, Any]) -> str:
-    """A law's description in one line: "truncated low=-5.36 high=7.07 of normal mu=-6 sigma=2"."""
-    words = [law["law"]]
-    for name, value in law.items():
-        if name == "of":
-            words.append(f"of {_sentence(value)}")
-        elif name == "parts":
-            words.append(f"of ({'; '.join(_sentence(part) for part in value)})")
-        elif name != "law":
-            words.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
-    return " ".join(words)

@@ -15,8 +15,6 @@ from ..loops.tables import differences, from_table, to_table
 
 FILE = "job.json"  # in the folder of a run, so that it can be resumed without repeating anything
 RUNS = Path("runs")
-# Models made for smaller pictures than those that the laws are stated for carry the law to their own size.
-REFERENCE_TOKENS = {"embedded": 4096}
 MAY_CHANGE = {"device", "out"}  # when a run is continued
 
 
@@ -58,7 +56,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"Cannot read the options in {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
 
 
@@ -73,9 +73,6 @@ def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
             raise ValueError(f"Unknown option {name}: {advice}")
     job = from_table(Job, {name: value for name, value in table.items() if name in ours})
     config = config_from_table({name: value for name, value in table.items() if name not in ours})
-    if config.density.reference_tokens is None and job.model in REFERENCE_TOKENS:
-        density = replace(config.density, reference_tokens=REFERENCE_TOKENS[job.model])
-        config = replace(config, density=density)
     return job, config
 
 
@@ -113,7 +110,10 @@ def recall(folder: Path) -> Job:
     try:
         return from_table(Job, json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not the folder of a run of `stylewright train`: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{folder} is not the folder of a run of `stylewright train`: {FILE} in it: {reason}"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

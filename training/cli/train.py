@@ -93,8 +93,11 @@ def resume(
 
 def run(job: Job, options: TrainConfig, folder: Path, as_json: bool) -> None:
     """Trains in ``folder`` and says where the results are. Ctrl-C saves first and leaves with code 130."""
+    from ..loops.checkpoint import require_writable
+
     try:
         with nothing_left_of_a_false_start(folder), progress_bar() as update:
+            require_writable(folder)
             result = _train(job, options, folder, update)
     except KeyboardInterrupt:
         saved = (folder / CHECKPOINT).exists()
@@ -128,6 +131,7 @@ def nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
 def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "TrainResult":
     import torch
 
+    from ..adapters.attach import layers_to_adapt
     from ..data.encoding import encode
     from ..data.items import read_folder
     from ..hosts.loading import load_host
@@ -136,6 +140,8 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
     items = read_folder(job.images, alpha_masks=job.alpha_masks)
     dtype = getattr(torch, options.precision)
     host = load_host(job.model, device_of(job.device), dtype, components=job.components)
+    options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
+    layers_to_adapt(host.denoiser.module, options.adapter, family=host.denoiser.family)  # before pictures are encoded
     dataset = encode(
         items,
         host,

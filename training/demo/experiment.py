@@ -23,19 +23,20 @@ from ..formats.state import write_atomically
 from ..hosts.embedded import load_embedded
 from ..hosts.generate import generate
 from ..hosts.host import Host
+from ..loops.checkpoint import require_writable
 from ..loops.config import TrainConfig
 from ..loops.events import Event
 from ..loops.train import train
+from ..noise import PUBLISHED_TOKENS
 from ..randomness import generator
 from .scoring import Judge, Score, oracle_judge, other_subjects, picture_judge
 
 FREE_WORD = "<v0>"  # "some style" to the model: the word that comes to mean this one
-REFERENCE_TOKENS = 4096  # the paper's laws are stated for pictures of 1024x1024 (FLUX)
 # On the embedded model the paper's rank and rate are too small and too slow; the laws are the paper's, carried to
 # 64 tokens by the resolution rule.
 LAWS = {
-    "style-friendly": DensityConfig("style-friendly", reference_tokens=REFERENCE_TOKENS),
-    "sd3": DensityConfig("sd3", reference_tokens=REFERENCE_TOKENS),
+    "style-friendly": DensityConfig("style-friendly", reference_tokens=PUBLISHED_TOKENS),
+    "sd3": DensityConfig("sd3", reference_tokens=PUBLISHED_TOKENS),
 }
 RECIPE = TrainConfig(
     batch_size=4,
@@ -102,11 +103,12 @@ Progress = Callable[[str, int, int], None]  # what is being done, steps done, st
 def run_experiment(options: DemoOptions, out: Path, progress: Progress) -> Experiment:
     """Trains under both laws from the same seed.
 
-    ValueError, before any work, for an unknown style or subject, for no steps, and for an unreadable picture.
+    ValueError, before any work, for an unknown style or subject, for no steps, for an unreadable picture, and for a
+    folder ``out`` that cannot be written to.
     """
     _check(options)
     reference, truth = _reference(options)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    require_writable(out)
     host, oracle = load_embedded(), load_oracle(Weights().oracle)
     subjects = other_subjects(SUBJECTS.index(options.subject))
     before = _draw(host, options, subjects)
@@ -134,8 +136,10 @@ def _check(options: DemoOptions) -> None:
         raise ValueError(f"there is no style {options.style!r}: expected one of {', '.join(HELD_OUT_STYLES)}")
     if options.subject not in SUBJECTS:
         raise ValueError(f"the model draws no {options.subject!r}: expected one of {', '.join(SUBJECTS)}")
-    if options.looks < 1 or options.steps < 1:
-        raise ValueError(f"got {options.steps} steps and {options.looks} looks at the learning: expected 1 or more")
+    if options.steps < 1:
+        raise ValueError(f"got {options.steps} steps: expected 1 or more")
+    if options.looks < 1:
+        raise ValueError(f"got {options.looks} looks at the learning: expected 1 or more")
 
 
 def _reference(options: DemoOptions) -> tuple[Tensor, Tensor | None]:

@@ -67,12 +67,12 @@ def tokenize(prompt: str) -> Tokens:
 
 
 def explain_unknown(unknown: list[str]) -> str:
-    """A sentence that names the words the model does not know and lists those it does."""
+    """Names the words the model does not know and lists those it does, what stands for a new style first."""
     style_words = WORDS[1 + len(SUBJECTS) : INDEX[STYLE_NAMES[0]]]
     return (
-        f"the embedded model does not know {', '.join(map(repr, unknown))}. Subjects: {', '.join(SUBJECTS)}. "
-        f"Styles: {', '.join(STYLE_NAMES)}. Style words: {', '.join(style_words)}. "
-        f"Free words for new styles: {', '.join(FREE_WORDS)}"
+        f"the embedded model does not know {', '.join(map(repr, unknown))}. A new style is called by one of the free "
+        f"words {', '.join(FREE_WORDS)}. It knows the subjects {', '.join(SUBJECTS)}; "
+        f"the styles {', '.join(STYLE_NAMES)}; and the style words {', '.join(style_words)}"
     )
 
 

@@ -12,6 +12,7 @@ from ..embedded.renderer import SIZE
 from ..embedded.text import TextEncoder, encode_prompts
 from ..embedded.transformer import load_transformer
 from ..embedded.weights import Weights
+from ..noise import PUBLISHED_TOKENS
 from .flux import FluxDenoiser
 from .host import Host
 from .parts import reading
@@ -52,7 +53,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
         training_conditioning={},
         sampling_conditioning={},
         latent_channels=LATENT_CHANNELS,
-        reference_tokens=4096,  # the published laws are for 1024x1024 pictures
+        reference_tokens=PUBLISHED_TOKENS,
         guidance_scale=3.0,
     )
 

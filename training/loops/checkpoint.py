@@ -111,7 +111,7 @@ def open_run(path: Path) -> Iterator[RunDirectory]:
     ValueError where it cannot be written to; TrainingError while another process writes there.
     """
     run = RunDirectory(path)
-    _probe(path)
+    require_writable(path)
     lock = FileLock(path / "run.lock")
     try:
         lock.acquire(timeout=0)
@@ -154,8 +154,8 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> N
         )
 
 
-def _probe(path: Path) -> None:
-    """Makes the folder and a file in it. ValueError where that fails."""
+def require_writable(path: Path) -> None:
+    """Makes the folder of a run and a file in it. ValueError where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "probe", lambda temporary: _write_text(temporary, "probe"))

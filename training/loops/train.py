@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from ..adapters.attach import attached
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
-from ..densities import Density, build_density, mean_time, stratified_uniform
+from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
 from ..gradients import differentiable
 from ..losses import LOSSES
 from ..noise import add_noise, gaussian
@@ -124,7 +124,9 @@ def train(
 def _law(denoiser: Denoiser, config: TrainConfig, tokens: int) -> Density:
     """The law of log_snr for pictures of so many image tokens, said in the log once."""
     density = build_density(config.density, denoiser.log_snr_range, tokens)
-    logger.info("noise levels at %d tokens: %s, mean time %.3f", tokens, density.describe(), mean_time(density))
+    logger.info(
+        "noise levels at %d tokens: %s; mean time %.3f", tokens, sentence(density.describe()), mean_time(density)
+    )
     return density
 
 

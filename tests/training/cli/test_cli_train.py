@@ -116,7 +116,7 @@ def test_samples_are_drawn_in_the_style(workplace, capsys):
         ([*SMALL, "--model", "nowhere"], ["nowhere"]),
         ([*SMALL, "--device", "abacus"], ["abacus"]),
         ([*SMALL, "--optimizer", "nix"], ["nix", "adamw"]),
-        ([*SMALL, "--config", "nowhere.toml"], ["nowhere.toml"]),
+        ([*SMALL, "--config", "nowhere.toml"], ["Cannot read the options in nowhere.toml"]),
         ([*SMALL, "--config", "pictures/star.txt"], ["star.txt", "TOML"]),
         ([*SMALL, "--config", "misspelled.toml"], ["learning_rat", "did you mean learning_rate"]),
     ],
@@ -132,6 +132,22 @@ def test_errors_come_before_anything_is_written(workplace, capsys, arguments, wo
     assert sorted(path for path in workplace.rglob("*") if path.name != "runs") == before
 
 
+def test_bad_targets_are_known_before_pictures_are_encoded(workplace, capsys, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("a picture was encoded")
+
+    monkeypatch.setattr("stylewright.training.data.encoding.encode", forbidden)
+    assert run(["train", *SMALL, "--rank", "4096"]) == 1
+    assert "rank 4096 is larger" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_named(workplace, capsys):
+    (workplace / "file").write_text("in the way", encoding="utf-8")
+    assert run(["train", *SMALL, "--out", "file/run"]) == 1
+    printed = capsys.readouterr().err
+    assert "Cannot write into file/run" in printed.replace("\\", "/") and "cache" not in printed
+
+
 def test_another_jobs_run_is_left_alone(workplace, capsys):
     trained(capsys, "train", *SMALL, "--steps", "1", "--out", "run")
     (workplace / "pictures").rename(workplace / "others")
@@ -142,6 +158,8 @@ def test_another_jobs_run_is_left_alone(workplace, capsys):
 def test_resume_refuses_what_is_no_run(workplace, capsys):
     assert run(["resume", "pictures"]) == 1
     assert "not the folder of a run" in capsys.readouterr().err
+    assert run(["resume", "nowhere"]) == 1
+    assert "nowhere is not the folder of a run" in (printed := capsys.readouterr().err) and "Errno" not in printed
 
 
 def test_the_second_interrupt_does_not_wait(capsys):

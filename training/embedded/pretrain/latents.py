@@ -1,6 +1,7 @@
 """For stage 3: encoded pictures for the transformer, in shards that are made when first needed."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARD = 2000  # pictures
+# Steps at which a shard joins: training starts early, and its second cycle meets more pictures.
+JOINS = (0, 400, 800, 1200, 1600, 2000, 5400, 5800)
 ATTRIBUTES = ("subject", "palette", "ground", "fill", "edge")
 
 
@@ -27,22 +30,20 @@ ATTRIBUTES = ("subject", "palette", "ground", "fill", "edge")
 class LatentPool:
     """A growing pool of encoded scenes.
 
-    At step i only the first ``first + i // grow_every`` shards are drawn from, at most ``shards``, so that training
-    starts early; what a batch holds depends on the step alone, not on what happens to be on disk.
+    At each step only the shards that have joined are drawn from; what a batch holds depends on the step alone, not on
+    what happens to be on disk.
     """
 
     work: Path
     autoencoder: "AutoencoderTiny"
     seed: int
-    shards: int = 6
-    first: int = 1
-    grow_every: int = 400  # steps
+    joins: Sequence[int] = JOINS
     _latents: list[Tensor] = field(default_factory=list, init=False, repr=False)  # by shard
     _attributes: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Latents (size, 16, 16, 16) in float32 and attribute indices (size, 5)."""
-        available = min(self.shards, self.first + step // self.grow_every)
+        available = sum(step >= join for join in self.joins)
         while len(self._latents) < available:
             shard = self._shard(len(self._latents))
             self._latents.append(shard["latents"])

@@ -1,9 +1,11 @@
 """What the stages of pre-training share: optimisers, an average of the weights, and a loop that resumes."""
 
+import bisect
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,21 @@ def trapezoid(steps: int, warm_up: int, decay_from: float = 0.5) -> Callable[[in
     return lambda step: min((step + 1) / warm_up, 1.0, max(0.0, (steps - step) / (steps - start)))
 
 
+Cycle = tuple[int, float]  # steps, peak of the learning-rate factor
+
+
+def restarts(cycles: Sequence[Cycle], warm_up: int = 150) -> Callable[[int], float]:
+    """Learning-rate factor: one trapezoid after the other."""
+    ends = list(itertools.accumulate(steps for steps, _ in cycles))
+
+    def factor(step: int) -> float:
+        number = min(bisect.bisect_right(ends, step), len(cycles) - 1)
+        steps, peak = cycles[number]
+        return peak * trapezoid(steps, warm_up)(step - ends[number] + steps)
+
+    return factor
+
+
 def run(
     checkpoint: Path,
     step: Callable[[int], Tensor],
@@ -132,8 +149,6 @@ def _resume(checkpoint: Path, parts: Mapping[str, Any]) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
         if isinstance(part, Optimizer):
-            _lay_out_alike(part)
-        if isinstance(part, Optimizer):
             _lay_out_as_parameters(part)
     logger.info("%s: continues at step %d", checkpoint.stem, state["step"])
     return state["step"]
@@ -144,18 +159,6 @@ def _lay_out_as_parameters(optimizer: Optimizer) -> None:
 
     Files hold tensors row by row; fused AdamW walks through a parameter and its averages side by side in memory, and
     would pair the wrong elements where the parameter is laid out channels last.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-@torch.no_grad()
-def _lay_out_alike(optimizer: Optimizer) -> None:
-    """Gives the state of each parameter the memory layout of the parameter.
-
-    A file keeps values only, and AdamW's fused kernel pairs a parameter with its moments by their places in memory.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -1,6 +1,7 @@
 """Stage 3: the transformer and its text encoder, by flow matching on the latents."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,15 @@ from ..text import TextEncoder
 from ..transformer import new_transformer, save_transformer
 from .latents import LatentPool
 from .prompts import prompts
-from .stage import moving_average, optimisers, run, trapezoid
+from .stage import Cycle, moving_average, optimisers, restarts, run
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
-STEPS = 5000
+# Steps and peak of the learning rate: warm-up, plateau and decay to zero, then once more at half the height.
+CYCLES = ((5000, 1.0), (3000, 0.5))
 BATCH = 32
 LR = 2e-3
 # High noise from the start: what the text says is decided there (t is 80 % sigmoid(N(0.8, 1.2)), 20 % uniform).
@@ -51,7 +53,7 @@ def start_at_zero(transformer: "FluxTransformer2DModel") -> None:
             nn.init.zeros_(layer.bias)
 
 
-def train_transformer(work: Path, out: Path, *, seed: int, steps: int = STEPS) -> None:
+def train_transformer(work: Path, out: Path, *, seed: int, cycles: Sequence[Cycle] = CYCLES) -> None:
     """Trains both networks and saves their averages in the folder ``out``, which holds the autoencoder."""
     torch.manual_seed(seed)  # the process is this command's own: layers draw their initial weights globally
     model = TextToImage()
@@ -79,7 +81,8 @@ def train_transformer(work: Path, out: Path, *, seed: int, steps: int = STEPS) -
 
     matrices = optimisers(model.named_parameters(), is_block_matrix, LR)
     parts = {"model": model, "average": average}
-    run(work / "transformer.safetensors", step_and_average, steps, matrices, trapezoid(steps, 150, 0.5), parts)
+    steps = sum(length for length, _ in cycles)
+    run(work / "transformer.safetensors", step_and_average, steps, matrices, restarts(cycles), parts)
     model.load_state_dict(average.module.state_dict())
     save_transformer(out / "transformer.safetensors", model.transformer)
     state = {key: value.to(torch.bfloat16) for key, value in model.text_encoder.state_dict().items()}

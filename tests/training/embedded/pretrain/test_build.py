@@ -48,7 +48,9 @@ def tiny(monkeypatch):
     stages = {
         "autoencoder": lambda work, out, seed: autoencoder.train_autoencoder(work, out.autoencoder, seed=seed, steps=3),
         "oracle": lambda work, out, seed: oracle.train_oracle(work, out.oracle, seed=seed, steps=3),
-        "transformer": lambda work, out, seed: transformer.train_transformer(work, out.folder, seed=seed, steps=3),
+        "transformer": lambda work, out, seed: transformer.train_transformer(
+            work, out.folder, seed=seed, cycles=((2, 1.0), (1, 0.5))
+        ),
         "decoder": lambda work, out, seed: autoencoder.refine_decoder(work, out.autoencoder, seed=seed, steps=3),
     }
     assert [*stages, "card"] == list(build.STAGES)

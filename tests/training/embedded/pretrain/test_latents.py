@@ -27,7 +27,7 @@ def autoencoder():
 def make(autoencoder, tmp_path):
     def pool(folder="work", seed=3):
         (tmp_path / folder).mkdir(exist_ok=True)
-        return LatentPool(tmp_path / folder, autoencoder, seed, shards=3, first=1, grow_every=10)
+        return LatentPool(tmp_path / folder, autoencoder, seed, joins=(0, 10, 20))
 
     return pool
 

@@ -11,6 +11,7 @@ from stylewright.training.embedded.pretrain.stage import (
     flatten_kernels,
     moving_average,
     optimisers,
+    restarts,
     run,
     trapezoid,
     unflatten_kernels,
@@ -145,6 +146,13 @@ def test_the_trapezoid_rises_stays_and_falls():
     assert values[10:51] == [1.0] * 41
     assert values[50:] == pytest.approx([1 - i / 50 for i in range(50)])
     assert factor(100) == 0
+
+
+def test_a_cycle_is_a_trapezoid_of_its_own_height():
+    first, second = trapezoid(100, 10), trapezoid(40, 10)
+    factor = restarts(((100, 1.0), (40, 0.5)), 10)
+    assert [factor(i) for i in range(100)] == [first(i) for i in range(100)]
+    assert [factor(100 + i) for i in range(41)] == [0.5 * second(i) for i in range(41)]
 
 
 # ---- optimisers
