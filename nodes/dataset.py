@@ -4,8 +4,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..training.data.captions import CAPTION_MODES, Caption, complete
-from ..training.data.items import Item, items_from_memory, read_folder
-from .bridge.files import picture_folder, picture_folders
+from ..training.data.items import Item, check_pictures, items_from_memory, read_folder
+from .bridge.files import input_folder, picture_folder, picture_folders
 from .sockets import DATASET, StyleDataset
 
 NO_FOLDER = "[from the images input]"
@@ -104,7 +104,8 @@ class StyleDatasetNode(io.ComfyNode):
             items = linked_items(images, masks, captions)
         else:
             refuse_both(images, masks, captions, folder[0])
-            items = read_folder(picture_folder(folder[0]))
+            items = read_folder(picture_folder(folder[0]), within=input_folder())
+        check_pictures(items)
         texts = complete([Caption(item.name, item.caption, phrase) for item in items], caption_mode[0])
         dataset = StyleDataset(tuple(items), phrase, caption_mode[0], resolution[0])
         return io.NodeOutput(dataset, "\n".join(texts))

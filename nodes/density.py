@@ -4,7 +4,7 @@ import math
 
 from comfy_api.latest import io, ui
 
-from ..training.densities import DENSITIES, DensityConfig, build_density
+from ..training.densities import DENSITIES, DensityConfig, build_density, style_window
 from .bridge.families import model_name
 from .bridge.families import reference_tokens as stated_tokens
 from .bridge.noise_levels import noise_levels
@@ -90,7 +90,9 @@ class StyleDensityNode(io.ComfyNode):
             ],
             outputs=[
                 DENSITY.Output("density", tooltip="For the trainer."),
-                io.Image.Output("picture", tooltip="The law, with the style window of the paper (log-SNR < -6.52)."),
+                io.Image.Output(
+                    "picture", tooltip="The law, with the paper's style window (log-SNR below -6.52 at 1024x1024)."
+                ),
             ],
         )
 
@@ -115,7 +117,9 @@ class StyleDensityNode(io.ComfyNode):
             title += f" of {drawn.reference_tokens} tokens, carried to {tokens}"
         if model is not None:
             title += f" on {model_name(model)}"
-        picture = draw_density(density, title)
+        if shift != 1.0:
+            title += f", shift {shift:g}"
+        picture = draw_density(density, title, style_window(drawn, tokens))
         return io.NodeOutput(StyleDensity(config), picture, ui=ui.PreviewImage(picture, cls=cls))
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ..training.data.captions import listed
 from .bridge.files import adapter_names, adapter_path
 from .sockets import LORA
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_FILE = "[from the lora input]"
-SHOWN = 5  # tensors without a place that a message names
 
 
 class StyleLoRALoader(io.ComfyNode):
@@ -98,7 +98,7 @@ class StyleLoRALoader(io.ComfyNode):
         adapter = read_tensors(adapter_path(lora_name)) if lora is None else with_origin(lora)
         applied = apply_adapter(model, clip, adapter, strength_model=strength_model, strength_clip=strength_clip)
         message = report(adapter.name, applied)
-        (logger.warning if applied.homeless else logger.info)(message)
+        (logger.warning if applied.homeless or applied.missized else logger.info)(message)
         show_text(cls.hidden.unique_id, message)
         return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase)
 
@@ -106,8 +106,8 @@ class StyleLoRALoader(io.ComfyNode):
 def report(name: str, applied: "Applied") -> str:
     """What was applied, and what was not."""
     text = f"{name}: {applied.layers} layers"
+    if applied.missized:
+        text += f". {len(applied.missized)} layers have another size in this model: {listed(applied.missized)}"
     if applied.homeless:
-        more = len(applied.homeless) - SHOWN
-        shown = ", ".join(applied.homeless[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-        text += f". {len(applied.homeless)} tensors found no place: {shown}"
+        text += f". {len(applied.homeless)} tensors found no place: {listed(applied.homeless)}"
     return text

@@ -45,6 +45,7 @@ class ReferenceNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,  # another picture is another training
                     tooltip="Places, turns and scales the subjects. The same seed draws the same pictures.",
                 ),
             ],

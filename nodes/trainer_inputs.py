@@ -55,7 +55,7 @@ def plain() -> list[io.Input]:
             default=32,
             min=1,
             max=1024,
-            tooltip="Size of the adapter: how much it can learn, and its file's size.",
+            tooltip="Size of the adapter: how much it can learn, and its file's size. Of oft it is large anyhow.",
         ),
         io.Float.Input(
             "alpha",

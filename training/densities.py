@@ -316,6 +316,15 @@ class DensityConfig:
         return self if self.reference_tokens is not None else replace(self, reference_tokens=reference_tokens)
 
 
+def style_window(config: DensityConfig, tokens: int) -> float:
+    """The log_snr below which pictures of ``tokens`` image tokens get their style.
+
+    The paper's is for 1024x1024. Where the law is carried to another size, what it aims at has moved as far.
+    """
+    moved = 0.0 if config.reference_tokens is None else resolution_shift(tokens, config.reference_tokens)
+    return STYLE_WINDOW + moved
+
+
 def build_density(config: DensityConfig, log_snr_range: tuple[float, float], tokens: int) -> Density:
     """The law that a run on a model with ``log_snr_range`` and pictures of ``tokens`` image tokens draws from.
 

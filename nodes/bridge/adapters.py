@@ -8,8 +8,12 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_patcher
 import comfy.sd
-from torch import Tensor
+import comfy.utils
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor, nn
 
+from ...training.data.captions import listed
 from ...training.formats.contents import AdapterFile, read_adapter, read_layers
 from ...training.formats.keys import FAMILIES, TEXT_ENCODER, UNET_LAYERS
 from ...training.formats.metadata import NORM_KEY
@@ -43,6 +47,7 @@ class Applied:
     clip: comfy.sd.CLIP | None
     layers: int  # that the adapter changes
     homeless: tuple[str, ...]  # tensors that found no place
+    missized: tuple[str, ...]  # layers whose sizes are others than the adapter's
 
 
 def read_tensors(path: Path) -> AdapterTensors:
@@ -68,6 +73,7 @@ def apply_adapter(
 ) -> Applied:
     """Clones with the adapter as patches. ValueError for one of another family, or of which nothing fits."""
     _refuse_foreign(model, lora)
+    _refuse_non_finite(lora)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
@@ -75,15 +81,28 @@ def apply_adapter(
     if fitted.homeless and lora.file.family in FAMILIES:
         # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
         fitted = min(fitted, fit(respelled(lora, model), names, with_text=clip is not None), key=_homeless)
+    wrong = missized(model.model, fitted.patches)
+    if clip is not None:
+        wrong += missized(clip.cond_stage_model, fitted.patches)
+    patches = {name: patch for name, patch in fitted.patches.items() if place_of(name) not in wrong}
     model = model.clone()
-    placed = set(model.add_patches(fitted.patches, strength_model))
+    placed = set(model.add_patches(patches, strength_model))
     if clip is not None:
         clip = clip.clone()
-        placed |= set(clip.add_patches(fitted.patches, strength_clip))
+        placed |= set(clip.add_patches(patches, strength_clip))
     if not placed:
-        shown = ", ".join(list(lora)[:3])
-        raise ValueError(f"nothing of {lora.name} fits {model_name(model)}: its tensors are {shown}, …")
-    return Applied(model, clip, len(placed), fitted.homeless)
+        raise ValueError(_nothing_fits(model, lora, wrong))
+    return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong))
+
+
+def _nothing_fits(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors, wrong: list[str]) -> str:
+    if not wrong:
+        return f"nothing of {lora.name} fits {model_name(model)}: its tensors are {', '.join(list(lora)[:3])}, …"
+    size = tuple(comfy.utils.get_attr(model.model, wrong[0]).shape)
+    return (
+        f"{lora.name} is for a {model_name(model)} of another size: none of its {len(wrong)} layers has this model's, "
+        f"such as {size} of {wrong[0]}. Choose an adapter that was trained on this model"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,43 @@ def fit(tensors: Mapping[str, Tensor], names: Mapping[str, object], *, with_text
     patches = comfy.lora.load_lora(record, names, log_missing=False)
     left = [key for key in record if key not in record.read and (with_text or not _is_text(key))]
     return Fitted(patches, tuple(left))
+
+
+def place_of(name: str | tuple) -> str:
+    """The weight that a patch is for; where it is for a part of it, ComfyUI's name is a tuple."""
+    return name if isinstance(name, str) else name[0]
+
+
+def missized(module: nn.Module, patches: Mapping[str | tuple, object]) -> list[str]:
+    """The weights of ``module`` whose patches have other sizes.
+
+    ComfyUI finds out when it applies them, logs it, and goes on without. Here each is applied to a weight of the same
+    shape that holds no numbers; what ComfyUI adds to it passes through a function, which is reached where sizes agree.
+    """
+    weights = dict(module.named_parameters())
+    found = dict.fromkeys(place_of(name) for name, patch in patches.items() if not _agrees(weights, name, patch))
+    return list(found)
+
+
+def _agrees(weights: Mapping[str, Tensor], name: str | tuple, patch: object) -> bool:
+    weight = weights.get(place_of(name))
+    if weight is None or not _adds(patch):
+        return True
+    reached = []
+
+    def pass_on(addend: Tensor) -> Tensor:
+        reached.append(True)
+        return addend
+
+    empty = torch.empty(weight.shape, device="meta")
+    offset = None if isinstance(name, str) else name[1]
+    comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, pass_on)], empty, place_of(name))
+    return bool(reached)
+
+
+def _adds(patch: object) -> bool:
+    """Whether a patch is something added to a weight, and not a weight in its place."""
+    return isinstance(patch, WeightAdapterBase) or (isinstance(patch, tuple) and patch[0] == "diff")
 
 
 class ReadingRecord(dict):
@@ -144,6 +200,14 @@ def _is_text(key: str) -> bool:
     """Whether a tensor belongs to a text encoder."""
     spelled = read_key(key)
     return spelled is not None and spelled[0].startswith(TEXT_ENCODER)
+
+
+def _refuse_non_finite(lora: AdapterTensors) -> None:
+    bad = [key for key, tensor in lora.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{lora.name} holds NaN or infinite values, in {listed(bad)}: its training went wrong, or it was damaged"
+        )
 
 
 def _refuse_foreign(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> None:

@@ -2,6 +2,8 @@
 
 import comfy.model_patcher
 
+from ...training.formats.keys import UNET_LAYERS
+
 # Attachment of a MODEL whose laws of the noise level are stated for pictures of so many image tokens.
 REFERENCE_TOKENS = "stylewright.reference_tokens"
 OTHER = "other"  # a family we have no presets for: generic targets
@@ -43,3 +45,9 @@ def latents_per_token(model: comfy.model_patcher.ModelPatcher) -> int:
 def reference_tokens(model: comfy.model_patcher.ModelPatcher) -> int | None:
     """Image tokens that laws of the noise level are stated for, carried to those of the pictures. None = for any."""
     return model.get_attachment(REFERENCE_TOKENS)
+
+
+def unet_layers(model: comfy.model_patcher.ModelPatcher) -> int:
+    """Residual layers a level of a UNet, which its adapters' names depend on; for other models it means nothing."""
+    levels = model.model.model_config.unet_config.get("num_res_blocks") or [UNET_LAYERS]
+    return levels if isinstance(levels, int) else levels[0]

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import folder_paths
 
 ADAPTERS = "loras"  # folder_paths' name for it
+FORBIDDEN = set('<>:"|?*')  # in names of files on Windows
 RUNS = "stylewright"  # under ComfyUI's output folder
 
 
@@ -18,6 +19,10 @@ def adapter_names() -> list[str]:
 def adapter_path(name: str) -> Path:
     """The file of a listed name. FileNotFoundError where there is none."""
     return Path(folder_paths.get_full_path_or_raise(ADAPTERS, name))
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
 
 
 def picture_folders() -> list[str]:
@@ -43,10 +48,15 @@ def free_adapter_path(pattern: str) -> Path:
     folder, or where nothing can be written.
     """
     parts = PurePath(pattern.replace("\\", "/"))
-    if not parts.name or parts.is_absolute() or ".." in parts.parts or parts.drive:
+    if not parts.name.strip(" .") or parts.is_absolute() or ".." in parts.parts or parts.drive:
         raise ValueError(
             f"the file name {pattern!r} does not name a file inside models/loras: for example 'styles/mine'"
         )
+    if bad := sorted(set(pattern) & FORBIDDEN | {sign for sign in pattern if not sign.isprintable()}):
+        raise ValueError(
+            f"the file name {pattern!r} holds {', '.join(map(repr, bad))}, which some systems do not allow"
+        )
+    parts = parts.with_suffix("") if parts.suffix == ".safetensors" else parts
     base = Path(folder_paths.get_folder_paths(ADAPTERS)[0])
     require_writable(base / parts.parent)
     folder, name, counter, _, _ = folder_paths.get_save_image_path(parts.as_posix(), str(base))

@@ -10,7 +10,7 @@ from ...training.data.cache import settle
 from ...training.hosts.host import Host
 from ...training.noise import log_snr_of_time
 from .denoiser import ComfyDenoiser
-from .families import is_guidance_distilled, latents_per_token, model_name, reference_tokens
+from .families import is_guidance_distilled, latents_per_token, model_name, reference_tokens, unet_layers
 from .prompts import GUIDANCE, PromptTable
 
 TRAINING_GUIDANCE = 1.0  # what trainers of FLUX.1-dev use: the distilled guidance neither pushes nor pulls
@@ -64,6 +64,7 @@ def comfy_host(
         sampling_conditioning={GUIDANCE: torch.tensor([SAMPLING_GUIDANCE])} if distilled else {},
         latent_channels=model.model.latent_format.latent_channels,
         reference_tokens=reference_tokens(model),
+        unet_layers=unet_layers(model),
         schedule=schedule,
     )
 

@@ -36,6 +36,9 @@ class TrainingProgress:
         self._bar.update_absolute(event.step, event.steps, None if event.images is None else preview(event.images))
         raise_if_interrupted()
 
+    def finished(self, text: str) -> None:
+        show_text(self._node_id, text)
+
 
 def duration(seconds: float) -> str:
     """ "2:05" for 125 seconds, with hours where there are any."""

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
+from ...training.errors import TrainingError
 from ...training.formats.contents import read_adapter
 from ...training.formats.state import write_atomically
 from ...training.hosts.generate import generate
@@ -97,16 +99,19 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
     decode = decoder_for_previews(model, sockets.vae, host)
     with training_session(model, memory_required=memory):
+        _try(host, dataset)
         run = RunDirectory(run_folder(f"{path.stem.rstrip('_0123456789')}-{fingerprint(model, dataset, config)}"))
         try:
             result = _train(sockets, job, replace(host, decode_latents=decode), dataset, run.path, progress)
         except BaseException:
             _publish_partial(run, path)
             raise
-    publish(run.adapter, path)
+    with _kept(run):
+        publish(run.adapter, path)
     for file in (run.adapter, run.checkpoint):  # several times the adapter's size, and of no more use
         file.unlink(missing_ok=True)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
+    progress.finished(f"{result.steps_done} steps, saved {path.name}")
     return TrainedAdapter(read_tensors(path), result.losses, path)
 
 
@@ -138,7 +143,37 @@ def _train(
         latents_per_token=latents_per_token(sockets.model) ** 2,
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
+        unet_layers=host.unet_layers,
     )
+
+
+@torch.no_grad()
+def _try(host: Host, dataset: Dataset) -> None:
+    """Runs the model once. ValueError where it does not take what the text encoder and the VAE give."""
+    example = dataset.examples[0]
+    conditioning = {**example.conditioning, **host.training_conditioning}
+    conditioning = {name: tensor.to(host.device) for name, tensor in conditioning.items()}
+    try:
+        host.denoiser(example.latent[None].to(host.device), torch.zeros(1, device=host.device), conditioning)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{host.name} cannot be run on what this text encoder and VAE give ({error}): connect the CLIP and the VAE "
+            "that belong to the model"
+        ) from error
+
+
+@contextmanager
+def _kept(run: RunDirectory) -> Iterator[None]:
+    """Says that nothing is lost where the finished adapter cannot be copied."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"the adapter is trained and could not be saved in models/loras ({error.strerror}): make room, and queue "
+            f"again, which trains nothing anew. It is also here: {run.adapter}"
+        ) from error
 
 
 def sample_prompts(config: TrainConfig) -> list[str]:

@@ -123,24 +123,36 @@ def test_a_density_is_stated_and_drawn():
 
 
 def test_the_picture_shows_where_the_law_is():
-    from stylewright.nodes.density_picture import HIGH, LEFT, LOW, RIGHT, curve
+    from stylewright.nodes.density_picture import LEFT, RIGHT, axis_of, curve
     from stylewright.training.densities import DensityConfig, build_density
 
     law = build_density(DensityConfig(mu=-6.0, sigma=2.0), (-math.inf, math.inf), 4096)
-    points = curve(law)
+    axis = axis_of(law)
+    points = curve(law, axis)
     top = min(range(len(points)), key=lambda i: points[i][1])
-    log_snr = LOW + top / len(points) * (HIGH - LOW)
+    log_snr = axis.low + top / len(points) * (axis.high - axis.low)
     assert log_snr == pytest.approx(-6.0, abs=0.05)
     assert len(points) == (RIGHT - LEFT) * 3
 
 
 def test_the_resolution_rule_and_a_model_s_range_show(tiny):
     from stylewright.nodes.density_picture import summary
-    from stylewright.training.densities import DensityConfig, build_density
+    from stylewright.training.densities import DensityConfig, build_density, style_window
 
     config = density(reference_tokens=4096, resolution=128).args[0].config
-    text = summary(build_density(config, (-math.inf, math.inf), 64))
-    assert "median -1.84" in text
+    text = summary(build_density(config, (-math.inf, math.inf), 64), style_window(config, 64))
+    assert "median -1.84" in text and "39.7 % in the style window" in text  # the window is carried with the law
     unbounded = density().args[1]
     assert not torch.equal(density(model=tiny("sd15")).args[1], unbounded)
-    assert "39.7 % in the style window" in summary(build_density(DensityConfig(), (-math.inf, math.inf), 4096))
+    assert "39.7 % in the style window" in summary(build_density(DensityConfig(), (-math.inf, math.inf), 4096), -6.52)
+
+
+def test_the_axis_is_where_the_law_is():
+    from stylewright.nodes.density_picture import axis_of
+    from stylewright.training.densities import Normal
+
+    usual, far, wide = (axis_of(law) for law in (Normal(-6, 2), Normal(-20, 0.1), Normal(0, 10)))
+    assert (usual.low, usual.high) == (-14, 8)
+    assert far.low <= -21 and wide.low < -30 and wide.high > 30
+    for axis in (usual, far, wide):
+        assert 4 <= len(axis.ticks) <= 8 and all(axis.low <= tick <= axis.high for tick in axis.ticks)

@@ -132,6 +132,36 @@ def test_tensors_without_a_place_are_named(tiny, loras, caplog):
     assert "2 tensors found no place" in caplog.text and "double_blocks.7.img_attn.qkv.lora_up" in caplog.text
 
 
+def pair(name, outputs, inputs, rank=2):
+    return {f"{name}.lora_up.weight": torch.ones(outputs, rank), f"{name}.lora_down.weight": torch.ones(rank, inputs)}
+
+
+def test_an_adapter_for_another_size_is_refused(tiny, loras):
+    """ComfyUI logs it at the first sampling and draws as if there were no adapter."""
+    model = tiny("flux")
+    save_file(pair("diffusion_model.double_blocks.0.img_attn.qkv", 9216, 3072), loras / "large.safetensors")
+    with pytest.raises(ValueError, match=r"large\.safetensors is for a Flux\w* of another size.*\(192, 64\)"):
+        load(model, "large.safetensors")
+
+
+def test_layers_of_another_size_are_named_and_left_out(tiny, loras, caplog):
+    model = tiny("flux")
+    fits, does_not = "diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.double_blocks.1.img_attn.qkv"
+    save_file({**pair(fits, 192, 64), **pair(does_not, 192, 63)}, loras / "mixed.safetensors")
+    patched, _, _ = load(model, "mixed.safetensors")
+    assert list(patched.patches) == [f"{fits}.weight"]
+    assert "1 layers have another size" in caplog.text and f"{does_not}.weight" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_adapter_is_refused(value, tiny, loras):
+    tensors = pair("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64)
+    next(iter(tensors.values()))[0, 0] = value
+    save_file(tensors, loras / "damaged.safetensors")
+    with pytest.raises(ValueError, match=r"damaged\.safetensors holds NaN or infinite values, in .*qkv\.lora_up"):
+        load(tiny("flux"), "damaged.safetensors")
+
+
 def test_text_encoder_tensors_are_not_missed_without_a_text_encoder(tiny, loras, caplog):
     model = tiny("flux")
     path = saved(loras / "one.safetensors", model, "flux", FLUX, "kohya")

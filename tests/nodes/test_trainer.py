@@ -276,6 +276,9 @@ def test_the_embedded_model_carries_the_law_to_its_own_size(embedded, dataset, f
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"file_name": "../outside"}, "models/loras"),
         ({"file_name": ""}, "models/loras"),
+        ({"file_name": "  "}, "models/loras"),
+        ({"file_name": "a\nb"}, "some systems"),
+        ({"file_name": "what?"}, "some systems"),
         ({"file_name": "/tmp/elsewhere"}, "models/loras"),
         ({"optimizer": "prodigy"}, "prodigy"),
         ({"sample_prompt": "an astronaut", "sample_every": 1}, "astronaut"),
@@ -297,6 +300,29 @@ def test_a_foreign_vae_is_refused(embedded, dataset, folders):
         four = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
     with pytest.raises(ValueError, match="4 channels"):
         run(replace(embedded, vae=four), dataset)
+
+
+def test_a_foreign_clip_is_refused_before_a_run_begins(embedded, dataset, folders, tiny_clip):
+    before = predict(embedded.model, embedded.clip)
+    with pytest.raises(ValueError, match=r"cannot be run on what this text encoder and VAE give.*connect the CLIP"):
+        run(replace(embedded, clip=tiny_clip("sd15")), dataset)
+    assert torch.equal(predict(embedded.model, embedded.clip), before)
+    assert not list(folders[0].rglob("*.safetensors")) and not (folders[1] / "stylewright").exists()
+
+
+def test_a_trained_adapter_is_kept_where_it_cannot_be_copied(embedded, dataset, folders, monkeypatch):
+    import errno
+
+    from stylewright.nodes.bridge import training
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="is trained and could not be saved"):
+        patch.setattr(training, "publish", full)
+        run(embedded, dataset)
+    assert len(list(folders[1].rglob("adapter.safetensors"))) == 1
+    assert run(embedded, dataset)[2].endswith("test_00001_.safetensors")
 
 
 @pytest.mark.parametrize("which", ["loras", "output"])

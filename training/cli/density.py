@@ -43,12 +43,13 @@ def measure(config: Any, family: str | None, tokens: int, below: list[float]) ->
     """The figures of a law (a DensityConfig). ``t`` is flow time, 1 = noise; shares are of draws."""
     import torch
 
-    from ..densities import STYLE_WINDOW, mean_time, quantiles, share_below
+    from ..densities import mean_time, quantiles, share_below, style_window
     from ..noise import time_of_log_snr
 
     law = law_of(config, family, tokens)
     levels = quantiles(law, SHARES)
     times = time_of_log_snr(torch.tensor(levels)).tolist()
+    window = style_window(config, tokens)
     return {
         "density": law.describe(),
         "family": family,
@@ -58,7 +59,7 @@ def measure(config: Any, family: str | None, tokens: int, below: list[float]) ->
             for share, level, time in zip(SHARES, levels, times, strict=True)
         ],
         "below": {f"{x:g}": share_below(law, x) for x in below},
-        "style_window": {"below": STYLE_WINDOW, "share": share_below(law, STYLE_WINDOW)},
+        "style_window": {"below": window, "share": share_below(law, window)},
     }
 
 

@@ -170,6 +170,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,
             conditioning=host.training_conditioning,
             base_model=host.name,
+            unet_layers=host.unet_layers,
         )
 
 

@@ -36,8 +36,8 @@ class Row:
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space, line breaks too, as one space."""
-    return " ".join(text.split())
+    """``text`` with every run of white space, line breaks too, as one space, and without a byte order mark."""
+    return " ".join(text.removeprefix("\ufeff").split())
 
 
 def styled(content: str, style_phrase: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .captions import Row, listed, one_line, read_rows, read_text
-from .images import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES, load_picture
 
 MASK_ENDING = "_mask"  # cat_mask.png is the mask of cat.jpg
 
@@ -56,7 +56,12 @@ def items_from_memory(
 
 
 def read_folder(
-    path: Path | str, *, repeats: int = 1, style_phrase: str | None = None, alpha_masks: bool = False
+    path: Path | str,
+    *,
+    repeats: int = 1,
+    style_phrase: str | None = None,
+    alpha_masks: bool = False,
+    within: Path | None = None,  # a JSONL file may list what is below this folder only; None = anything
 ) -> list[Item]:
     """The pictures of a folder, in order of their names, without its subfolders; or those that a JSONL file lists.
 
@@ -73,7 +78,7 @@ def read_folder(
         raise ValueError(f"{path} is a file: expected a folder with pictures and captions, or a .jsonl file")
     else:
         raise ValueError(f"There is no folder {path}")
-    if problems := _problems(files):
+    if problems := _problems(files) + _outside(files, within):
         raise ValueError(f"{path} cannot be trained on:\n" + "\n".join(f"- {problem}" for problem in problems))
     rows = _all_rows(files)
     masks = _masks_beside(rows)
@@ -88,6 +93,18 @@ def read_folder(
         )
         for row in rows
     ]
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """Opens every picture and mask. ValueError with everything that cannot be used."""
+    problems = []
+    for item in items:
+        try:
+            load_picture(item.image, item.mask, item.name)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,15 @@ def _problems(files: _Files) -> list[str]:
         ),
     ]
     return [message.format(listed(names)) for names, message in found if names]
+
+
+def _outside(files: _Files, folder: Path | None) -> list[str]:
+    """What is listed and not below the folder, in one line."""
+    if folder is None:
+        return []
+    named = [(path, row.place) for row in files.rows for path in (row.image, row.mask) if path is not None]
+    strays = [f"{path} ({place})" for path, place in named if not path.resolve().is_relative_to(folder.resolve())]
+    return [f"Files that are listed and not below {folder}: {listed(strays)}"] if strays else []
 
 
 def _of_mask(mask: Path) -> str:

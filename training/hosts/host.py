@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..clocks import flow_schedule
 from ..denoiser import Conditioning, Denoiser
+from ..formats.keys import UNET_LAYERS
 
 
 def _unshifted(steps: int, tokens: int) -> Tensor:
@@ -31,4 +32,5 @@ class Host:
     latent_channels: int = 16
     schedule: Callable[[int, int], Tensor] = _unshifted  # (steps, image tokens) -> log_snr (steps + 1,) to sample at
     reference_tokens: int | None = None  # laws are stated for so many image tokens, and carried; None = for any
+    unet_layers: int = UNET_LAYERS  # residual layers a level of a UNet; nothing to other families
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled

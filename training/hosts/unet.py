@@ -110,6 +110,7 @@ def open_unet(parts: Parts) -> Host:
         training_conditioning={},
         sampling_conditioning={},
         latent_channels=autoencoder.channels,
+        unet_layers=layers if isinstance(layers := unet.config.layers_per_block, int) else layers[0],
         schedule=lambda steps, tokens: discrete_schedule(clock, steps),
         guidance_scale={"sdxl": 5.0, "sd15": 7.5}[parts.family],
     )

@@ -79,6 +79,6 @@ def _describe(batch: Measured, what: str) -> str:
     levels = ", ".join(f"{level:.3f}" for level in batch.log_snr.tolist())
     return (
         f"{what} in step {batch.step + 1}, for the captions {list(batch.captions)} at log_snr [{levels}]. Nothing of "
-        "this step was saved: the run can be continued from its last checkpoint. A lower learning_rate, "
-        "clip_norm=1 or precision='float32' may help."
+        "this step was saved, and what was learned before it is kept. A lower learning rate, a clip_norm of 1, or "
+        "float32 where the precision is another, may help."
     )

@@ -1,7 +1,7 @@
 """What a run trains, and on what: what tells it from another run, and what its adapter's file says of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +22,13 @@ class Subject:
 
 
 def subject_of(
-    denoiser: Denoiser, dataset: Dataset, config: TrainConfig, *, density: Density, base_model: str
+    denoiser: Denoiser,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    density: Density,
+    base_model: str,
+    unet_layers: int,
 ) -> Subject:
     """The subject of a run whose adapter is on ``denoiser.module`` now."""
 
@@ -36,7 +42,7 @@ def subject_of(
             "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
             "data": {"pictures": pictures, "fingerprint": dataset.fingerprint()},
         },
-        about=_about(denoiser, config, pictures, density, base_model),
+        about=replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers),
         weights=weights,
     )
 

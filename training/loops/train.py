@@ -23,6 +23,7 @@ from ..adapters.attach import attached
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
+from ..formats.keys import UNET_LAYERS
 from ..gradients import differentiable
 from ..losses import LOSSES
 from ..noise import add_noise, gaussian
@@ -63,6 +64,7 @@ def train(
     latents_per_token: int = 4,  # positions of a latent to an image token
     conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too: FLUX-dev's guidance of 1
     base_model: str = "",  # its name, for the adapter's file
+    unet_layers: int = UNET_LAYERS,  # residual layers a level, where it is a UNet
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -83,7 +85,7 @@ def train(
         stack.enter_context(differentiable(denoiser.module, checkpoint=config.gradient_checkpointing))
         learner, meter = Learner(adapter, config), Meter()
         density = law(_tokens(dataset.examples[0].latent, latents_per_token))
-        subject = subject_of(denoiser, dataset, config, density=density, base_model=base_model)
+        subject = subject_of(denoiser, dataset, config, density=density, base_model=base_model, unet_layers=unet_layers)
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
         stack.enter_context(recorder.saving_on_exceptions())
         while learner.step < config.steps:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stylewright.training.data.items import Item, items_from_memory, read_folder
+from stylewright.training.data.items import Item, check_pictures, items_from_memory, read_folder
 
 
 def picture(path, mode="RGB", size=(8, 5)):
@@ -142,3 +142,25 @@ def test_counts_have_to_agree():
 def test_repeats_are_whole_numbers(repeats):
     with pytest.raises(ValueError, match=r"repeats of cat\.png"):
         Item(torch.rand(3, 5, 8), "a cat", repeats=repeats, name="cat.png")
+
+
+def test_a_list_may_be_kept_to_a_folder(tmp_path):
+    """On a shared server a list that somebody uploaded should not open whatever the server can read."""
+    picture(tmp_path / "inside" / "mask.png")
+    picture(tmp_path / "outside" / "b.png")
+    row = {"file": "../outside/b.png", "caption": "a cat", "mask": "mask.png"}
+    (tmp_path / "inside" / "list.jsonl").write_text(json.dumps(row))
+    assert len(read_folder(tmp_path / "inside" / "list.jsonl", within=tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"listed and not below .*inside: .*b\.png \(list\.jsonl:1\)$"):
+        read_folder(tmp_path / "inside" / "list.jsonl", within=tmp_path / "inside")
+
+
+def test_everything_that_cannot_be_opened_is_named_at_once(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.png").write_text("no picture")
+    items = items_from_memory([torch.rand(3, 8, 8)] * 2, "a cat")
+    check_pictures(items)
+    bad = [Item(tmp_path / f"{name}.png", "a cat", name=name) for name in ("one", "two")]
+    with pytest.raises(ValueError) as caught:
+        check_pictures([*items, *bad])
+    assert "one.png" in str(caught.value) and "two.png" in str(caught.value)

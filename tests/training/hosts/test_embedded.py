@@ -74,7 +74,7 @@ def test_the_model_can_be_half_precision_while_the_encoders_are_not(weights):
 
 
 def test_unknown_words_are_named_and_the_known_ones_listed(host):
-    with pytest.raises(ValueError, match=r"does not know 'giraffe', 'velvet'\. Subjects: circle") as caught:
+    with pytest.raises(ValueError, match=r"does not know 'giraffe', 'velvet'\..*<v0>.* subjects circle") as caught:
         host.encode_prompts(["giraffe in velvet style", "star in jazz style"])
     assert all(name in str(caught.value) for name in STYLE_NAMES)
 

@@ -402,7 +402,7 @@ def test_the_law_is_in_the_log(denoiser, dataset, make_config, caplog):
     caplog.set_level("INFO")
     train(denoiser, dataset, make_config(steps=1), run_dir=None)
     assert "noise levels at 12 tokens" in caplog.text
-    assert "'mu': -2.0" in caplog.text
+    assert "normal mu=-2 sigma=2" in caplog.text
 
 
 def test_a_weighting_without_effect_is_refused_before_work(denoiser, dataset, make_config, tmp_path):

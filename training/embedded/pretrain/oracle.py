@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,16 +15,16 @@ from ...formats.state import write_atomically
 from ...randomness import generator
 from ..oracle import HEADS, Oracle
 from ..renderer import Scene, colours, pose, render
-from .stage import run, trapezoid
+from .stage import Cycle, restarts, run
 
 logger = logging.getLogger(__name__)
 
-STEPS = 1000
+CYCLES = ((1000, 1.0), (700, 0.5))  # steps, peak of the learning rate
 BATCH = 64
 LR = 2e-3
 
 
-def train_oracle(work: Path, out: Path, *, seed: int, steps: int = STEPS) -> None:
+def train_oracle(work: Path, out: Path, *, seed: int, cycles: Sequence[Cycle] = CYCLES) -> None:
     """Trains and saves the oracle to ``out``; ``work`` holds the checkpoint."""
     torch.manual_seed(seed)  # the process is this command's own: layers draw their initial weights globally
     model = Oracle()
@@ -41,7 +42,8 @@ def train_oracle(work: Path, out: Path, *, seed: int, steps: int = STEPS) -> Non
     def evaluate(_: int) -> str:
         return ", ".join(f"{name} {share:.3f}" for name, share in accuracy(model, seed).items())
 
-    checkpoint, schedule = work / "oracle.safetensors", trapezoid(steps, 50, 0.5)
+    steps = sum(length for length, _ in cycles)
+    checkpoint, schedule = work / "oracle.safetensors", restarts(cycles, warm_up=50)
     run(checkpoint, step, steps, [optimizer], schedule, {"model": model}, evaluate=evaluate)
     state = {key: value.to(torch.bfloat16).contiguous() for key, value in model.state_dict().items()}
     write_atomically(out, lambda temporary: save_file(state, temporary))

@@ -47,7 +47,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 4)
     stages = {
         "autoencoder": lambda work, out, seed: autoencoder.train_autoencoder(work, out.autoencoder, seed=seed, steps=3),
-        "oracle": lambda work, out, seed: oracle.train_oracle(work, out.oracle, seed=seed, steps=3),
+        "oracle": lambda work, out, seed: oracle.train_oracle(work, out.oracle, seed=seed, cycles=((2, 1.0), (1, 0.5))),
         "transformer": lambda work, out, seed: transformer.train_transformer(
             work, out.folder, seed=seed, cycles=((2, 1.0), (1, 0.5))
         ),
