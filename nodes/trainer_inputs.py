@@ -117,7 +117,13 @@ def plain() -> list[io.Input]:
             placeholder="a house by a lake",
             tooltip="What to draw while training, one line a picture; the style phrase is added. Empty: nothing.",
         ),
-        io.Int.Input("sample_every", default=50, min=0, max=100_000, tooltip="Steps between these pictures. 0 = none."),
+        io.Int.Input(
+            "sample_every",
+            default=50,
+            min=0,
+            max=100_000,
+            tooltip="Steps between these pictures, the last of which come at the end. 0 = none.",
+        ),
     ]
 
 

@@ -43,7 +43,7 @@ HELP = {
     "caption_dropout": "Share of samples trained without their caption.",
     "save_every": "Steps between checkpoints; 0 = at the end only.",
     "report_every": "Steps between reports, at most.",
-    "sample_every": "Steps between sample pictures; 0 = none.",
+    "sample_every": "Steps between sample pictures, the last of which come at the end; 0 = none.",
     "sample_prompts": "What the sample pictures show; may be repeated.",
     "adapter.method": "lora, rslora, dora, lokr, loha, oft.",
     "adapter.rank": "Inner dimension of the adapter.",

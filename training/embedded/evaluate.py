@@ -10,7 +10,7 @@ from ..hosts.host import Host
 from ..metrics import Interval, mean_interval
 from ..randomness import generator
 from .oracle import Oracle, Scores, score
-from .renderer import SUBJECTS, Style, held_out_combinations
+from .renderer import SUBJECTS, Style, held_out_combinations, render, scene_of
 from .vocabulary import named_styles
 
 
@@ -68,6 +68,19 @@ def draw(host: Host, prompts: list[str], *, seed: int, guidance_scale: float, st
         for i in range(0, len(prompts), batch)
     ]
     return torch.cat(parts)
+
+
+def judge_truth(host: Host, oracle: Oracle, prompts: list[Prompt], *, seed: int, batch: int = 20) -> Scores:
+    """Scores the renderer's own pictures of the prompts, through the autoencoder: what a perfect model would get."""
+    pictures = []
+    for i in range(0, len(prompts), batch):
+        scenes = [
+            scene_of(torch.tensor([prompt.subject]), prompt.style, generator(seed, "truth", i + k))
+            for k, prompt in enumerate(prompts[i : i + batch])
+        ]
+        pictures.append(host.decode_latents(host.encode_images(torch.cat([render(scene) for scene in scenes]))))
+    subjects = torch.tensor([prompt.subject for prompt in prompts])
+    return score(oracle, torch.cat(pictures), subjects, [prompt.style for prompt in prompts])
 
 
 def figures(scores: Scores) -> dict[str, Interval]:

@@ -63,7 +63,7 @@ class Recorder:
     def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor] | None) -> None:
         """After a step: whatever is due of samples, the report, and the checkpoint."""
         step, config = self._learner.step, self._config
-        due = sample if config.sample_every > 0 and step % config.sample_every == 0 else None
+        due = sample if config.sample_every > 0 and (step % config.sample_every == 0 or step == config.steps) else None
         saving = step == config.steps or (config.save_every > 0 and step % config.save_every == 0)
         late = time.monotonic() - self._last_report > LONGEST_SILENCE
         if not (due is not None or saving or late or step % config.report_every == 0):

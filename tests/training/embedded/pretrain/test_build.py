@@ -157,7 +157,7 @@ def test_unknown_stages_are_refused_before_any_work(tmp_path):
 def test_the_card_measures_the_weights_beside_it(built, monkeypatch):
     asked = []
 
-    def judge(host, judging, prompts, *, seed, guidance_scale):
+    def judge(host, judging, prompts, *, seed, guidance_scale=None):
         from stylewright.training.embedded.oracle import Scores
 
         asked.append((len(prompts), guidance_scale))
@@ -165,12 +165,14 @@ def test_the_card_measures_the_weights_beside_it(built, monkeypatch):
         return Scores(right, dict.fromkeys(("palette", "ground", "fill", "edge"), right))
 
     monkeypatch.setattr(card, "judge", judge)
+    monkeypatch.setattr(card, "judge_truth", judge)
     monkeypatch.setattr(card, "psnr", lambda *_: 31.25)
     monkeypatch.setattr(card, "accuracy", lambda *_: {"subject": 0.987})
     card.write_card(Weights(built), n=4)
     text = (built / "README.md").read_text(encoding="utf-8")
-    assert asked == [(count, scale) for _ in range(3) for count, scale in ((4, 3.0), (1, 1.0), (1, 5.0))]
+    assert asked == [(count, scale) for _ in range(3) for count, scale in ((4, 5.0), (1, 1.0), (1, 3.0), (1, None))]
     assert "PSNR 31.2 dB" in text and "subject 0.987" in text
-    assert "| unseen combinations, guidance 3, n = 4 | 1.000 |" in text
+    assert "| unseen combinations, guidance 5, n = 4 | 1.000 |" in text
+    assert "| unseen combinations, the truth, n = 1 | 1.000 |" in text
     for name in FILES:
         assert f"| `{name}.safetensors` | {(built / f'{name}.safetensors').stat().st_size / 1e6:.1f} MB |" in text
