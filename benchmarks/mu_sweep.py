@@ -8,6 +8,7 @@ that style can be held against subject along the way and not at one point only.
     python benchmarks/mu_sweep.py --out sweep --report   prints the tables of what is there
     … --figure mu_sweep.png                              and draws them
 
+``results/mu_sweep.jsonl`` holds the runs that the README beside it quotes: ``--report`` reads a folder's ``runs.jsonl``.
 Every finished run is a line of ``runs.jsonl``, so that the sweep continues where it stopped. mu is in log_snr at the
 64 tokens of the embedded model; the paper's -6 at 4096 tokens is carried to -1.84 by the resolution rule. ``sd3`` is
 SD3's N(-2.2, 2^2) carried likewise, to N(1.96, 2^2); taken as it is written it would be the row ``mu -2`` but for 0.2,
@@ -182,7 +183,7 @@ def draw(out: Path, path: Path) -> None:
         left.errorbar(list(means.values()), [i.mean for i in found], errors, color=colour, label=f"{step} steps")
         left.axhline(interval(rows, "sd3", step, "style").mean, color=colour, linestyle=":")
     left.set(xlabel="mu of N(mu, 2²), log-SNR at 64 tokens", ylabel="style score (dotted: SD3's law)")
-    left.legend()
+    left.legend(fontsize=8, ncols=2, loc="lower left")
     for number, name in enumerate(LAWS):
         ways = [[interval(rows, name, step, score).mean for step in STEPS] for score in ("subject", "style")]
         grey = name.startswith("sd3")
