@@ -8,11 +8,11 @@ that style can be held against subject along the way and not at one point only.
     python benchmarks/mu_sweep.py --out sweep --report   prints the tables of what is there
     … --figure mu_sweep.png                              and draws them
 
-``results/mu_sweep.jsonl`` holds the runs that the README beside it quotes: ``--report`` reads a folder's ``runs.jsonl``.
-Every finished run is a line of ``runs.jsonl``, so that the sweep continues where it stopped. mu is in log_snr at the
-64 tokens of the embedded model; the paper's -6 at 4096 tokens is carried to -1.84 by the resolution rule. ``sd3`` is
-SD3's N(-2.2, 2^2) carried likewise, to N(1.96, 2^2); taken as it is written it would be the row ``mu -2`` but for 0.2,
-and the unshifted logit-normal is the row ``mu 0``.
+Every finished run is a line of ``runs.jsonl``, so that the sweep continues where it stopped; the runs that
+the README quotes are in ``results/mu_sweep.jsonl``. mu is in log_snr at the 64 tokens of the embedded model;
+the paper's -6 at 4096 tokens is carried to -1.84 by the resolution rule. ``sd3`` is SD3's N(-2.2, 2^2)
+carried likewise, to N(1.96, 2^2); taken as it is written it would be the row ``mu -2`` but for 0.2, and the
+unshifted logit-normal is the row ``mu 0``.
 """
 
 import argparse
