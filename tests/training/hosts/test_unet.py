@@ -67,12 +67,13 @@ def test_time_ids_may_be_given(hosts):
 
 def test_time_between_two_indices_is_between_their_predictions(hosts):
     """A UNet's embedding of time is continuous: interpolated indices are legitimate."""
-    host, x_t = hosts["sd15"], torch.randn(1, 4, 6, 10)
+    host, x_t = hosts["sd15"], torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     conditioning, clock = host.encode_prompts(["a cat"]), host.denoiser.clock
     low, middle, high = (
         host.denoiser(x_t, clock.log_snr_of(torch.tensor([index])), conditioning) for index in (500.0, 500.5, 501.0)
     )
-    assert (middle - (low + high) / 2).abs().max() < 0.25 * (low - high).abs().max()
+    # The fastest wave turns by a radian an index, so half-way it is off its chord by 1 - cos(1/2) = 0.12.
+    assert (middle - (low + high) / 2).norm() < 0.3 * (low - high).norm()
 
 
 @pytest.mark.parametrize(
