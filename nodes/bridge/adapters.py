@@ -203,7 +203,8 @@ def _is_text(key: str) -> bool:
 
 
 def _refuse_non_finite(lora: AdapterTensors) -> None:
-    bad = [key for key, tensor in lora.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    # One by one in float32: torch cannot ask float8 whether it is finite.
+    bad = [key for key, tensor in lora.items() if not bool(tensor.float().isfinite().all())]
     if bad:
         raise ValueError(
             f"{lora.name} holds NaN or infinite values, in {listed(bad)}: its training went wrong, or it was damaged"

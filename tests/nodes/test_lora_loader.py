@@ -153,6 +153,14 @@ def test_layers_of_another_size_are_named_and_left_out(tiny, loras, caplog):
     assert "1 layers have another size" in caplog.text and f"{does_not}.weight" in caplog.text
 
 
+def test_an_adapter_in_float8_loads(tiny, loras):
+    model, name = tiny("flux"), "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file(
+        {key: tensor.to(torch.float8_e4m3fn) for key, tensor in pair(name, 192, 64).items()}, loras / "8.safetensors"
+    )
+    assert list(load(model, "8.safetensors")[0].patches) == [f"{name}.weight"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_adapter_is_refused(value, tiny, loras):
     tensors = pair("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64)

@@ -302,6 +302,10 @@ def test_a_foreign_vae_is_refused(embedded, dataset, folders):
         run(replace(embedded, vae=four), dataset)
 
 
+def test_a_file_name_may_have_its_ending(embedded, dataset, folders):
+    assert run(embedded, dataset, steps=1, file_name="styles/mine.safetensors")[2].endswith("mine_00001_.safetensors")
+
+
 def test_a_foreign_clip_is_refused_before_a_run_begins(embedded, dataset, folders, tiny_clip):
     before = predict(embedded.model, embedded.clip)
     with pytest.raises(ValueError, match=r"cannot be run on what this text encoder and VAE give.*connect the CLIP"):
