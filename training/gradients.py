@@ -5,21 +5,28 @@ the normalisation before the addition, which torch notices, and under checkpoint
 nobody notices: the recomputed block starts from the wrong tensor and the gradients are off by a third.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
+from .offload import Garage
+
 
 @contextmanager
-def differentiable(module: nn.Module, *, checkpoint: bool = False) -> Iterator[None]:
+def differentiable(
+    module: nn.Module, *, checkpoint: bool | Collection[int] = False, offload: torch.device | None = None
+) -> Iterator[None]:
     """Inside, gradients through ``module`` are those of the same network written without in-place additions.
 
-    With ``checkpoint`` the activations inside each repeated block are dropped and computed again in the backward
-    pass: about a third more arithmetic for a fraction of the memory. The outputs are the same bit for bit. The
+    With ``checkpoint`` the activations inside each repeated block, or inside those of these places among
+    :func:`repeated_blocks`, are dropped and computed again in the backward pass: about a third more arithmetic for
+    a fraction of the memory. What is kept of such a block, its input, waits in CPU memory where ``offload`` names
+    the device that it is computed on. Outputs and gradients are the same bit for bit, whatever is chosen. The
     backward pass belongs inside, too.
     """
     blocks = repeated_blocks(module)
@@ -27,13 +34,16 @@ def differentiable(module: nn.Module, *, checkpoint: bool = False) -> Iterator[N
         raise ValueError(
             f"{type(module).__name__} has no repeated blocks to checkpoint: switch gradient checkpointing off"
         )
-    streams = _Streams()
+    chosen = range(len(blocks)) if checkpoint is True else checkpoint or ()
+    streams, garage = _Streams(), None if offload is None else Garage(offload)
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(streams.forget).remove)
-        for block in blocks:
+        if garage is not None:
+            stack.callback(module.register_forward_pre_hook(partial(_begin, garage)).remove)
+        for place, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(streams.enter, with_kwargs=True).remove)
-            if checkpoint:
-                stack.enter_context(_checkpointed(block, streams))
+            if place in chosen:
+                stack.enter_context(_checkpointed(block, streams, garage))
         for norm in normalisations(module):
             stack.callback(norm.register_forward_pre_hook(streams.protect).remove)
         yield
@@ -84,10 +94,14 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _begin(garage: Garage, module: nn.Module, args: tuple) -> None:
+    garage.begin()
+
+
 @contextmanager
-def _checkpointed(block: nn.Module, streams: _Streams) -> Iterator[None]:
+def _checkpointed(block: nn.Module, streams: _Streams, garage: Garage | None) -> Iterator[None]:
     before = vars(block).get("forward")
-    block.forward = _recomputing(block, block.forward, streams)
+    block.forward = _recomputing(block, block.forward, streams, garage)
     try:
         yield
     finally:
@@ -96,19 +110,23 @@ def _checkpointed(block: nn.Module, streams: _Streams) -> Iterator[None]:
             block.forward = before
 
 
-def _recomputing(block: nn.Module, forward: Callable, streams: _Streams) -> Callable:
+def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage: Garage | None) -> Callable:
     """``forward`` that keeps only its inputs, and gives each of its runs copies to write into."""
 
-    def on_copies(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(map(_copied, args))
-        kwargs = {name: _copied(value) for name, value in kwargs.items()}
+    def on_copies(names: tuple[str, ...], _: Tensor | None, *values: Any) -> Any:
+        values = tuple(_copied(garage.take(value) if garage else value) for value in values)
+        args, kwargs = values[: len(values) - len(names)], dict(zip(names, values[-len(names) :], strict=False))
         streams.enter(block, args, kwargs)
         return forward(*args, **kwargs)
 
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return recompute_later(on_copies, *args, use_reentrant=False, **kwargs)
+        values = (*args, *kwargs.values())
+        device = next((value.new_empty(0) for value in values if isinstance(value, Tensor)), None)
+        values = map(garage.park, values) if garage else values
+        # torch reads from a tensor among the arguments which device's generator it has to put back.
+        return recompute_later(on_copies, tuple(kwargs), device, *values, use_reentrant=False)
 
     return recomputing
 

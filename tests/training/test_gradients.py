@@ -214,6 +214,25 @@ def test_checkpoints_store_the_inputs_of_blocks_and_no_more():
     assert stored_bytes(4, False) - stored_bytes(3, False) > 4 * stream
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@pytest.mark.parametrize("places", [(), (0,), (1, 2), (0, 2), (0, 1, 2)])
+def test_which_blocks_are_recomputed_changes_no_bit(places, offload, monkeypatch):
+    monkeypatch.setattr("stylewright.training.offload.LEAST_BYTES", 1)
+    settings = {"targets": (*LAYERS, "enter"), "dropout": 0.5}
+    expected, stored = of_net(Block, differentiable, **settings)
+    device = torch.device("cpu") if offload else None
+    output, ours = of_net(Block, lambda module: differentiable(module, checkpoint=places, offload=device), **settings)
+    assert torch.equal(output, expected)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in stored.items())
+
+
+def test_blocks_that_are_recomputed_keep_their_input_and_the_others_everything():
+    stream = BATCH * (IMAGE + TEXT) * WIDTH * 8
+    sizes = [stored_bytes(4, range(count)) for count in range(5)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[4] == stored_bytes(4, False) - stored_bytes(4, True) > 12 * stream
+
+
 def test_outputs_do_not_change_while_nothing_is_differentiated():
     net = Net()
     with torch.no_grad():

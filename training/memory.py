@@ -1,0 +1,117 @@
+"""What a piece of code costs, counted from its tensors and products: the same figures on every device, in every run.
+
+The operating system's figure for a process includes what the allocator keeps back and what other libraries hold;
+this counts the bytes of the tensors that are made, from their making to their end.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+GIB = 2**30
+# What allocators say when there is nothing left, of torch's CPU allocator on Linux and Windows, and of others.
+_EXHAUSTED = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Lap:
+    """A piece of a measured run."""
+
+    live: int  # bytes at its end
+    peak: int  # most bytes at once during it
+    flops: int  # of matrix products and convolutions
+
+
+class Footprint(TorchDispatchMode):
+    """``with Footprint() as cost:`` … ``cost.peak``: most bytes at once in storages made inside; ``cost.flops``.
+
+    What existed before counts nothing, neither do buffers inside of a kernel. With a ``device``, only its memory
+    counts.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.flops = 0
+        self._lap_peak = 0
+        self._lap_flops = 0
+        self._device = device
+        self._known: set[int] = set()  # keys of the storages that are counted, or that came from outside
+
+    def lap(self) -> Lap:
+        """What was since the last lap."""
+        lap = Lap(self.live, self._lap_peak, self.flops - self._lap_flops)
+        self._lap_peak, self._lap_flops = self.live, self.flops
+        return lap
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        # A tensor that came from outside is an argument before it can be (a view in) a result.
+        for leaf in tree_leaves((args, kwargs)):
+            self._see(leaf, counts=False)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            self._see(leaf, counts=True)
+        self.peak = max(self.peak, self.live)
+        self._lap_peak = max(self._lap_peak, self.live)
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
+
+    def _see(self, value: object, *, counts: bool) -> None:
+        if isinstance(value, Tensor) and value.device.type != "meta":
+            storage = value.untyped_storage()
+        elif isinstance(value, torch.UntypedStorage):  # a tensor may be made over existing memory
+            storage = value
+        else:
+            return
+        key = storage._cdata
+        if key in self._known:
+            return
+        ours = counts and self._device in (None, storage.device)
+        size = storage.nbytes() if ours else 0
+        self._known.add(key)
+        self.live += size
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def nbytes(tensors: Any) -> int:
+    """Bytes of tensors, each memory once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _EXHAUSTED)
+
+
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **more: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None, **more: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+_FORMULAS: dict[Any, Any] = {  # torch counts attention's kernels for GPUs only
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
