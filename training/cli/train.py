@@ -37,6 +37,7 @@ HELP = {
     "offset_noise": "Standard deviation of a noise that is constant over the picture.",
     "precision": "float32 or bfloat16; the adapter's weights are float32 in both.",
     "gradient_checkpointing": "Less memory, about a third more time.",
+    "memory": '"automatic": recompute only what does not fit, where recomputing is allowed; "as set": all or nothing.',
     "seed": "The same seed gives the same adapter.",
     "style_phrase": 'The words that name the style: captions become "{content} in {style phrase} style".',
     "resolution": "Pixels: pictures are trained at about this squared. (default: the model's own)",

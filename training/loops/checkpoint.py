@@ -34,7 +34,7 @@ from .tables import differences
 logger = logging.getLogger(__name__)
 
 # What a continued run may change. ``steps`` may too, where the schedule does not depend on it.
-FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts"}
+FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing", "memory"}
 SPARE_BYTES = 16 * 2**20
 # Bytes on disk for each byte of adapter: itself, an average and up to three states of an optimiser, in the old
 # checkpoint and in the new one beside it, and the adapter's own file twice.

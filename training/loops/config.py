@@ -13,6 +13,7 @@ from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer
 from .tables import from_table, to_table
 
 PRECISIONS = ("float32", "bfloat16")
+MEMORY = ("automatic", "as set")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainConfig:
     offset_noise: float = 0.0  # standard deviation; 0.01 is in use for FLUX
     precision: str = "float32"  # of the adapter's arithmetic: "bfloat16" = autocast. Its weights are always float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, about a third more time
+    memory: str = "automatic"  # a member of MEMORY: whether a plan decides how much is recomputed and moved about
     seed: int = 0
     style_phrase: str = ""  # the words of "{content} in {style phrase} style"
     resolution: int | None = None  # side in pixels of a square of the same area; None = the model's own
@@ -91,4 +93,5 @@ _CHOICES = {
     "loss": LOSSES,
     "weighting": WEIGHTINGS,
     "precision": PRECISIONS,
+    "memory": MEMORY,
 }

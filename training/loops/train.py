@@ -24,18 +24,17 @@ from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
 from ..formats.keys import UNET_LAYERS
-from ..gradients import differentiable
-from ..losses import LOSSES
-from ..noise import add_noise, gaussian
-from ..predictions import target
+from ..noise import gaussian
 from ..randomness import generator
-from ..weightings import WEIGHTINGS, check_weighting
+from ..weightings import check_weighting
 from .checkpoint import open_run
 from .config import TrainConfig
 from .events import Event
 from .learner import Learner
 from .meter import Meter
+from .passes import Noised, learn_from
 from .recorder import Recorder
+from .saving import Saving, as_configured
 from .subject import subject_of
 
 logger = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ def train(
     conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too: FLUX-dev's guidance of 1
     base_model: str = "",  # its name, for the adapter's file
     unet_layers: int = UNET_LAYERS,  # residual layers a level, where it is a UNet
+    saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -75,14 +75,13 @@ def train(
     """
     device = torch.device(device)
     check_weighting(config.weighting, denoiser.prediction, denoiser.process)
-    loss_of, weight_of = LOSSES[config.loss], WEIGHTINGS[config.weighting]
     law = cache(partial(_law, denoiser, config))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(run_dir)) if run_dir is not None else None
         adapter = stack.enter_context(
             attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed)
         )
-        stack.enter_context(differentiable(denoiser.module, checkpoint=config.gradient_checkpointing))
+        stack.enter_context((saving or as_configured(config)).applied(denoiser.module, device))
         learner, meter = Learner(adapter, config), Meter()
         density = law(_tokens(dataset.examples[0].latent, latents_per_token))
         subject = subject_of(denoiser, dataset, config, density=density, base_model=base_model, unet_layers=unet_layers)
@@ -98,15 +97,8 @@ def train(
                 x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
                 mask = None if batch.mask is None else _moved(batch.mask, device)
                 conditions = _conditions(batch.conditioning, conditioning or {}, len(x0), device)
-
-                x_t = add_noise(denoiser.process, x0, eps, log_snr)
-                wanted = target(denoiser.prediction, denoiser.process, x0, eps, log_snr)
-                with adapter.dropout(generator(config.seed, "dropout", step, micro)):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                        prediction = denoiser(x_t, log_snr, conditions)
-                    losses = loss_of(prediction, wanted, mask)
-                    losses = losses * weight_of(log_snr, denoiser.prediction, denoiser.process)
-                    (losses.mean() / config.accumulation).backward()
+                noised = Noised(x0, log_snr, eps, mask, conditions)
+                losses = learn_from(noised, denoiser, adapter, config, generator(config.seed, "dropout", step, micro))
                 meter.add(step, batch.captions, drawn, losses)
 
             meter.add_norm(step, clip_grad_norm_(learner.parameters, config.clip_norm or math.inf))
