@@ -5,8 +5,9 @@ from comfy_api.latest import io
 from ..training.adapters.methods import AdapterConfig
 from ..training.densities import DensityConfig
 from ..training.loops.config import TrainConfig
+from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, links, plain
+from .trainer_inputs import advanced, keeping, links, plain
 
 
 class StyleFriendlySNRTrainer(io.ComfyNode):
@@ -23,7 +24,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced()],
+            inputs=[*links(), *plain(), *advanced(), *keeping()],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
@@ -31,6 +32,15 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, resume: str = AUTOMATIC, file_name: str = "", **unused: object) -> object:
+        """A run that is used as it is may have learned more since; otherwise the inputs say everything."""
+        if resume != AS_IT_IS:
+            return None
+        from .bridge.runs import last_written, runs_of
+
+        return [(run.name, last_written(run)) for run, _ in runs_of(file_name)]
 
     @classmethod
     def execute(
@@ -68,6 +78,9 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         offset_noise: float,
         save_every: int,
         target_patterns: str,
+        resume: str = AUTOMATIC,
+        save_intermediate: bool = False,
+        keep_checkpoints: int = 3,
         density: StyleDensity | None = None,
     ) -> io.NodeOutput:
         from .bridge.training import Job, Sockets, train_adapter  # half of the core, which nobody waits for at start-up
@@ -101,6 +114,16 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             density=DensityConfig() if density is None else density.config,
         )
-        job = Job(dataset.items, dataset.caption_mode, config, file_name, sample_steps, sample_cfg)
+        job = Job(
+            dataset.items,
+            dataset.caption_mode,
+            config,
+            file_name,
+            sample_steps,
+            sample_cfg,
+            resume,
+            save_intermediate,
+            keep_checkpoints,
+        )
         trained = train_adapter(Sockets(model, clip, vae), job, cls.hidden.unique_id)
         return io.NodeOutput(trained.tensors, {"loss": trained.losses}, str(trained.path))

@@ -1,4 +1,7 @@
-"""The inputs of the trainer. Their ids and their order are part of every shared workflow: add at the end only."""
+"""The inputs of the trainer. Their ids and their order are part of every shared workflow: add at the end only.
+
+What is added is optional, with its default in ``execute`` too, so that prompts from before it run as they did.
+"""
 
 from comfy_api.latest import io
 
@@ -8,6 +11,7 @@ from ..training.loops.config import PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
+from .bridge.resuming import AUTOMATIC, RESUME
 from .sockets import DATASET, DENSITY
 
 PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))
@@ -229,5 +233,41 @@ def advanced() -> list[io.Input]:
             placeholder="double_blocks\\.\\d+\\.img_attn\\.qkv",
             advanced=True,
             tooltip="Regular expressions for the ends of layers' names, one a line. They replace the targets above.",
+        ),
+    ]
+
+
+def keeping() -> list[io.Input]:
+    """The widgets of how a run goes on, and of what it leaves behind."""
+    return [
+        io.Combo.Input(
+            "resume",
+            options=list(RESUME),
+            default=AUTOMATIC,
+            optional=True,
+            tooltip=(
+                "automatic: goes on with the run of this file name and these options, also with more steps, or begins "
+                "one. continue: an error that names what differs where there is none to go on with. begin anew: always "
+                "a new run. use as it is: trains nothing, and gives what the run has learned so far."
+            ),
+        ),
+        io.Boolean.Input(
+            "save_intermediate",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Puts the adapter of every checkpoint into models/loras too, with its step in the name.",
+        ),
+        io.Int.Input(
+            "keep_checkpoints",
+            default=3,
+            min=0,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "How many finished runs can be trained further. Each checkpoint takes three to five times the space "
+                "of its adapter; of older ones it is deleted. Interrupted runs keep theirs."
+            ),
         ),
     ]

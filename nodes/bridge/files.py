@@ -1,7 +1,10 @@
 """ComfyUI's folders: where pictures come from, and where adapters and runs go."""
 
 import os
+import re
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -9,6 +12,10 @@ import folder_paths
 ADAPTERS = "loras"  # folder_paths' name for it
 FORBIDDEN = set('<>:"|?*')  # in names of files on Windows
 RUNS = "stylewright"  # under ComfyUI's output folder
+# ComfyUI's placeholders for times, and those of the date that its front end fills in for its own nodes.
+TIMES = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
+DATE_FORMS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+USUAL_DATE = "yyyy-MM-dd"
 
 
 def adapter_names() -> list[str]:
@@ -41,33 +48,66 @@ def picture_folder(name: str) -> Path:
     return folder
 
 
-def free_adapter_path(pattern: str) -> Path:
-    """A file that does not exist yet in the first LoRA folder, ``pattern_00001_.safetensors`` and counting.
+def adapter_pattern(pattern: str, words: Mapping[str, str]) -> str:
+    """A file name below the first LoRA folder with its placeholders filled in, without ending and number.
 
-    ``pattern`` may name a subfolder and hold ComfyUI's %year% and its kin. ValueError for one that leads out of the
-    folder, or where nothing can be written.
+    ``words``: what stands for %style% and its kin; ComfyUI's %year%, %date:yyyy-MM-dd% and theirs are known as well.
+    ValueError for a name that leads out of the folder, that some systems do not allow, or with an unknown placeholder.
     """
-    parts = PurePath(pattern.replace("\\", "/"))
+    filled = fill(pattern, words)
+    parts = PurePath(filled.replace("\\", "/"))
     if not parts.name.strip(" .") or parts.is_absolute() or ".." in parts.parts or parts.drive:
         raise ValueError(
             f"the file name {pattern!r} does not name a file inside models/loras: for example 'styles/mine'"
         )
-    if bad := sorted(set(pattern) & FORBIDDEN | {sign for sign in pattern if not sign.isprintable()}):
+    if bad := sorted(set(filled) & FORBIDDEN | {sign for sign in filled if not sign.isprintable()}):
         raise ValueError(
             f"the file name {pattern!r} holds {', '.join(map(repr, bad))}, which some systems do not allow"
         )
     parts = parts.with_suffix("") if parts.suffix == ".safetensors" else parts
-    base = Path(folder_paths.get_folder_paths(ADAPTERS)[0])
-    require_writable(base / parts.parent)
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(parts.as_posix(), str(base))
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    require_writable(adapter_folder() / parts.parent)
+    return parts.as_posix()
 
 
-def run_folder(name: str) -> Path:
-    """The folder of the run ``name`` under ComfyUI's output folder. ValueError where nothing can be written."""
-    folder = Path(folder_paths.get_output_directory()) / RUNS / name
-    require_writable(folder)
-    return folder
+def fill(pattern: str, words: Mapping[str, str]) -> str:
+    """The pattern with placeholders replaced; words cannot bring folders in. ValueError names an unknown one."""
+
+    def replace(found: re.Match[str]) -> str:
+        name, _, form = found[1].partition(":")
+        if name == "date":
+            return re.sub(
+                "|".join(DATE_FORMS), lambda part: time.strftime(DATE_FORMS[part[0]], now), form or USUAL_DATE
+            )
+        if name in TIMES:
+            return time.strftime(TIMES[name], now)
+        if name not in words:
+            known = ", ".join(f"%{each}%" for each in (*words, *TIMES, f"date:{USUAL_DATE}"))
+            raise ValueError(f"the file name {pattern!r} holds %{found[1]}%, which is none of {known}")
+        return "".join("_" if sign in FORBIDDEN | set("/\\%") else sign for sign in words[name]).strip(" .") or "none"
+
+    now = time.localtime()
+    return re.sub(r"%([A-Za-z_]+(?::[^%/\\]*)?)%", replace, pattern)
+
+
+def adapter_folder() -> Path:
+    """The first of ComfyUI's LoRA folders, where new ones go."""
+    return Path(folder_paths.get_folder_paths(ADAPTERS)[0])
+
+
+def first_number(pattern: str) -> int:
+    """One more than the highest number that ComfyUI finds among the adapters of a filled-in pattern."""
+    _, _, counter, _, _ = folder_paths.get_save_image_path(pattern, str(adapter_folder()))
+    return counter
+
+
+def refresh_adapter_names() -> None:
+    """ComfyUI keeps its list while no folder's time of change differs; two changes within one tick have the same."""
+    folder_paths.filename_list_cache.pop(ADAPTERS, None)
+
+
+def runs_folder() -> Path:
+    """Where runs are. It need not exist."""
+    return Path(folder_paths.get_output_directory()) / RUNS
 
 
 def require_writable(folder: Path) -> None:

@@ -1,38 +1,39 @@
 """A training run inside ComfyUI: three sockets and a dataset in, an adapter in models/loras out."""
 
 import logging
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.adapters.attach import layers_to_adapt
-from ...training.data.cache import digest
 from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
 from ...training.errors import TrainingError
-from ...training.formats.contents import read_adapter
-from ...training.formats.state import write_atomically
 from ...training.hosts.generate import generate
 from ...training.hosts.host import Host
-from ...training.loops.checkpoint import FREE, RunDirectory
-from ...training.loops.config import TrainConfig, config_to_table
+from ...training.loops.checkpoint import RunDirectory
+from ...training.loops.config import TrainConfig
+from ...training.loops.events import Event
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
 from .families import latents_per_token, model_name
-from .files import free_adapter_path, run_folder
+from .files import adapter_pattern
 from .host import comfy_host
+from .identity import identity_of
 from .previews import TrainingProgress, decoder_for_previews
-from .session import training_session, without_float16
+from .publishing import publish, published, steps_of
+from .resuming import AUTOMATIC
+from .runs import Choice, Run, choose, clear_states, new_run, opened
+from .session import raise_if_interrupted, training_session, without_float16
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class Job:
     file_name: str  # pattern under models/loras
     sample_steps: int
     sample_cfg: float
+    resume: str = AUTOMATIC  # one of RESUME
+    save_intermediate: bool = False  # the adapter of every checkpoint goes to models/loras too
+    keep_checkpoints: int = 3  # of finished runs, the newest that can be trained further
 
 
 @dataclass(frozen=True)
@@ -66,57 +70,105 @@ class TrainedAdapter:
     tensors: AdapterTensors
     losses: list[float]  # mean of each optimizer step
     path: Path
+    run: Path  # its folder
 
 
 def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> TrainedAdapter:
     """Trains, and saves the adapter under a free name. The model is afterwards what it was.
 
-    An interrupt, or whatever else stops the run, leaves the adapter of the last complete step beside the others, and
-    is raised again. The same job, asked for once more, continues where it stopped.
+    A run of the same file name and options that is there is continued; a finished one is given back. An interrupt, or
+    whatever else stops the run, leaves the adapter of the last complete step beside the others, and is raised again.
     """
     config, resolution = job.config, job.config.resolution
     assert resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)
-    path = free_adapter_path(job.file_name)
+    filled = adapter_pattern(job.file_name, words_of(sockets, config))
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution)
     config = replace(config, density=config.density.stated_for(host.reference_tokens))
     job = replace(job, config=config)
     layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
+    identity = identity_of(host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode)
+    choice = choose(job.file_name, job.resume, config, identity)
     progress = TrainingProgress(config.steps, node_id)
-    dataset = encode(
-        job.items,
-        host,
-        resolution=resolution,
-        style_phrase=config.style_phrase,
-        caption_mode=job.caption_mode,
-        caption_dropout=config.caption_dropout,
-        progress=progress.encoded,
-    )
-    prompts = sample_prompts(config)
-    host.encode_prompts(prompts)  # now: loading the text encoder later could push the model out of memory
-    latent = dataset.examples[0].latent
-    memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
-    decode = decoder_for_previews(model, sockets.vae, host)
-    with training_session(model, memory_required=memory):
-        _try(host, dataset)
-        run = RunDirectory(run_folder(f"{path.stem.rstrip('_0123456789')}-{fingerprint(model, dataset, config)}"))
-        try:
-            result = _train(sockets, job, replace(host, decode_latents=decode), dataset, run.path, progress)
-        except BaseException:
-            _publish_partial(run, path)
-            raise
-    with _kept(run):
-        publish(run.adapter, path)
-    for file in (run.adapter, run.checkpoint):  # several times the adapter's size, and of no more use
-        file.unlink(missing_ok=True)
+    if choice.notice:
+        logger.info(choice.notice)
+        progress.finished(choice.notice)
+    if not choice.trains:
+        return _as_it_is(choice)
+    run = choice.run or new_run(job.file_name, filled)
+    with opened(run) as directory:
+        dataset = encode(
+            job.items,
+            host,
+            resolution=resolution,
+            style_phrase=config.style_phrase,
+            caption_mode=job.caption_mode,
+            caption_dropout=config.caption_dropout,
+            progress=progress.encoded,
+        )
+        prompts = sample_prompts(config)
+        host.encode_prompts(prompts)  # now: loading the text encoder later could push the model out of memory
+        latent = dataset.examples[0].latent
+        memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
+        decode = decoder_for_previews(model, sockets.vae, host)
+        with training_session(model, memory_required=memory), _published_if_stopped(run):
+            _try(host, dataset)
+            host = replace(host, decode_latents=decode)
+            result = _train(sockets, job, host, dataset, directory, identity, _reporter(run, job, progress))
+        with _kept(directory):
+            path = publish(directory.adapter, run.stem, finished=True)
+    clear_states(job.keep_checkpoints)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
-    progress.finished(f"{result.steps_done} steps, saved {path.name}")
-    return TrainedAdapter(read_tensors(path), result.losses, path)
+    progress.finished("\n".join([f"{result.steps_done} steps, saved {path.name}", *filter(None, [choice.notice])]))
+    return TrainedAdapter(read_tensors(path), result.losses, path, run.folder)
+
+
+def _as_it_is(choice: Choice) -> TrainedAdapter:
+    """The adapter of a run that is not trained now."""
+    run, stored = choice.run, choice.stored
+    assert run is not None and stored is not None, "there is one, or it would be trained"
+    path = published(run.stem, stored.step)
+    if path is None:
+        finished = stored.step == stored.config["steps"]
+        path = publish(run.directory.adapter, run.stem, finished=finished)
+    return TrainedAdapter(read_tensors(path), run.directory.losses(), path, run.folder)
+
+
+def words_of(sockets: Sockets, config: TrainConfig) -> dict[str, str]:
+    """The placeholders of a file name that are ours, and ComfyUI's for the size of a picture."""
+    side = str(config.resolution)
+    return {
+        "style": config.style_phrase,
+        "model": model_name(sockets.model),
+        "method": config.adapter.method,
+        "rank": str(config.adapter.rank),
+        "seed": str(config.seed),
+        "width": side,
+        "height": side,
+    }
+
+
+def _reporter(run: Run, job: Job, progress: TrainingProgress) -> Callable[[Event], None]:
+    """Publishes what was just saved, where the user wants that, and passes the report on."""
+    every = job.config.save_every if job.save_intermediate else 0
+
+    def report(event: Event) -> None:
+        if every and event.step % every == 0 and event.step < event.steps:
+            publish(run.directory.adapter, run.stem, finished=False)
+        progress.report(event)
+
+    return report
 
 
 def _train(
-    sockets: Sockets, job: Job, host: Host, dataset: Dataset, run_dir: Path, progress: TrainingProgress
+    sockets: Sockets,
+    job: Job,
+    host: Host,
+    dataset: Dataset,
+    run: RunDirectory,
+    identity: Mapping[str, Any],
+    report: Callable[[Event], None],
 ) -> TrainResult:
     config = job.config
     prompts = sample_prompts(config)
@@ -136,14 +188,16 @@ def _train(
         host.denoiser,
         dataset,
         config,
-        run_dir=run_dir,
-        report=progress.report,
+        run_dir=run,
+        report=report,
+        check=raise_if_interrupted,
         sample=sample if prompts else None,
         device=host.device,
         latents_per_token=latents_per_token(sockets.model) ** 2,
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
         unet_layers=host.unet_layers,
+        identity=identity,
     )
 
 
@@ -182,35 +236,17 @@ def sample_prompts(config: TrainConfig) -> list[str]:
     return [styled(prompt, phrase) if phrase else prompt for prompt in config.sample_prompts]
 
 
-def publish(source: Path, target: Path) -> None:
-    """A copy of a run's adapter, which is there whole or not at all."""
-    write_atomically(target, lambda temporary: _copy(source, temporary))
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-
-
-def _publish_partial(run: RunDirectory, path: Path) -> None:
-    """The adapter of a run that stopped, under a name that says so."""
-    about = read_adapter(run.adapter).about if run.adapter.exists() else None
-    if about is None or not about.steps:
-        return
-    so_far = path.with_name(f"{path.stem}partial{path.suffix}")
-    publish(run.adapter, so_far)
-    logger.warning("stopped at step %d; the adapter so far is %s, and the same run will continue", about.steps, so_far)
-
-
-def fingerprint(model: comfy.model_patcher.ModelPatcher, dataset: Dataset, config: TrainConfig) -> str:
-    """Names the run of these settings on this data and these weights, patches included: 12 hexadecimal digits."""
-    options = {name: value for name, value in config_to_table(config).items() if name not in FREE}
-    return digest(dataset.fingerprint(), repr(sorted(options.items())), config.steps, _sample_of(model.model))[:12]
-
-
-def _sample_of(module: nn.Module) -> Tensor:
-    """A few numbers of every weight, which tell one model from another of the same shape."""
-    pieces = [
-        parameter.detach().flatten()[:: max(1, parameter.numel() // 4)][:4].float().cpu()
-        for parameter in module.parameters()
-    ]
-    return torch.cat(pieces)
+@contextmanager
+def _published_if_stopped(run: Run) -> Iterator[None]:
+    """Whatever is raised inside, the adapter of the last complete step is in models/loras before it goes on."""
+    try:
+        yield
+    except BaseException:
+        step = steps_of(run.directory.adapter)
+        if step:
+            try:
+                path = publish(run.directory.adapter, run.stem, finished=False)
+                logger.warning("stopped at step %d: %s is the adapter so far, and the run can be continued", step, path)
+            except OSError:  # the one under way matters more
+                logger.exception("the adapter so far stays in %s", run.folder)
+        raise

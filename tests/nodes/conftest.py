@@ -106,8 +106,11 @@ def tiny_conditioning(family: str, tokens: int, seed: int = 0) -> list:
 class TinyClip:
     """Answers a prompt with random tensors that depend on its text; its words are its tokens."""
 
+    layer_idx = None
+
     def __init__(self, family: str) -> None:
         self.family = family
+        self.patcher = tiny_model("flux")  # whose weights tell it from others
 
     def tokenize(self, text: str) -> str:
         return text

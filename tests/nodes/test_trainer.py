@@ -50,6 +50,7 @@ def options(**changes):
         "sample_steps": 2, "sample_cfg": 1.0, "scheduler": "constant", "warm_up": 0, "weight_decay": 0.0,
         "clip_norm": 1.0, "ema_decay": 0.0, "caption_dropout": 0.0, "dropout": 0.0, "loss": "mse",
         "weighting": "none", "offset_noise": 0.0, "save_every": 0, "target_patterns": "",
+        "resume": "automatic", "save_intermediate": False, "keep_checkpoints": 3,
     }  # fmt: skip
     assert not changes.keys() - plain.keys()
     return plain | changes
@@ -122,7 +123,7 @@ def test_a_run_gives_an_adapter_that_stock_nodes_take(embedded, dataset, folders
     assert len(losses["loss"]) == 4 and all(loss > 0 for loss in losses["loss"])
     (run_folder,) = (output / "stylewright").iterdir()
     assert (run_folder / "config.json").exists() and (run_folder / "events.jsonl").exists()
-    assert not (run_folder / "checkpoint.safetensors").exists()
+    assert run_folder.name == "styles-test_00001"
 
     with torch.inference_mode():
         stock = LoraModelLoader.execute(embedded.model, lora, 1.0).args[0]
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_adapter(embedded, dataset, folders):
     torch.manual_seed(1)
     first, _, path = run(embedded, dataset)
     torch.manual_seed(2)
-    second, _, other = run(embedded, dataset)
+    second, _, other = run(embedded, dataset, resume="begin anew")
     different, _, _ = run(embedded, dataset, seed=4)
     assert path != other
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -190,14 +191,14 @@ def test_an_interrupted_run_keeps_its_adapter_and_continues(embedded, dataset, f
     comfy.utils.set_progress_bar_global_hook(None)
     assert not comfy.model_management.in_training
     assert torch.equal(predict(embedded.model, embedded.clip), before)
-    partial = loras / "styles" / "test_00001_partial.safetensors"
+    partial = loras / "styles" / "test_00001_step000002.safetensors"
     assert [file.name for file in (loras / "styles").iterdir()] == [partial.name]
     assert any(float(tensor.abs().max()) > 0 for key, tensor in load_file(partial).items() if "lora_B" in key)
 
     continued, losses, path = run(embedded, dataset)
-    assert path == str(loras / "styles" / "test_00002_.safetensors")
+    assert path == str(loras / "styles" / "test_00001_.safetensors")
     assert len(list((output / "stylewright").iterdir())) == 1
-    straight, expected, _ = run(embedded, dataset)
+    straight, expected, _ = run(embedded, dataset, resume="begin anew")
     assert losses["loss"] == pytest.approx(expected["loss"])
     assert all(torch.equal(continued[key], straight[key]) for key in straight)
 
@@ -311,19 +312,19 @@ def test_a_foreign_clip_is_refused_before_a_run_begins(embedded, dataset, folder
     with pytest.raises(ValueError, match=r"cannot be run on what this text encoder and VAE give.*connect the CLIP"):
         run(replace(embedded, clip=tiny_clip("sd15")), dataset)
     assert torch.equal(predict(embedded.model, embedded.clip), before)
-    assert not list(folders[0].rglob("*.safetensors")) and not (folders[1] / "stylewright").exists()
+    assert not list(folders[0].rglob("*.safetensors")) and not list((folders[1] / "stylewright").iterdir())
 
 
 def test_a_trained_adapter_is_kept_where_it_cannot_be_copied(embedded, dataset, folders, monkeypatch):
     import errno
 
-    from stylewright.nodes.bridge import training
+    from stylewright.nodes.bridge import publishing
 
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(Exception, match="is trained and could not be saved"):
-        patch.setattr(training, "publish", full)
+        patch.setattr(publishing, "copy", full)
         run(embedded, dataset)
     assert len(list(folders[1].rglob("adapter.safetensors"))) == 1
     assert run(embedded, dataset)[2].endswith("test_00001_.safetensors")

@@ -45,7 +45,7 @@ def patient_interrupt() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        typer.echo("\nstopping after this step (Ctrl-C again: at once)", err=True)
+        typer.echo("\nstopping after this batch (Ctrl-C again: at once)", err=True)
 
     def check() -> None:
         if asked:

@@ -158,7 +158,6 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
 
         def report(event: "Event") -> None:
             update("training", event.step, event.steps, f"loss {event.loss:.4f}")
-            check()
 
         return train_adapter(
             host.denoiser,
@@ -166,6 +165,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             options,
             run_dir=folder,
             report=report,
+            check=check,
             sample=sampler(host, options),
             device=host.device,
             latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,

@@ -64,6 +64,12 @@ def read_adapter(path: Path) -> AdapterFile:
     return AdapterFile(path, header, about, layers, tuple(unknown), tensors)
 
 
+def read_about(path: Path) -> AdapterMetadata | None:
+    """What an adapter's file says of itself, of which only the header is read; None for another tool's."""
+    with opened(path, "an adapter (LoRA, LoKr, LoHa or OFT)") as file:
+        return read_metadata(file.metadata() or {}, str(path))
+
+
 def read_layers(
     tensors: Mapping[str, Tensor], about: AdapterMetadata | None = None
 ) -> tuple[dict[str, Layer], list[str]]:

@@ -6,7 +6,7 @@ beside its final name and renamed, so that a reader sees the old one or the new 
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,11 @@ def save_state(path: Path, state: Any, metadata: Mapping[str, str] | None = None
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
-def load_state(path: Path) -> Any:
-    """The tree that :func:`save_state` wrote. ValueError for any other file."""
+def load_state(path: Path, *, at: Sequence[str] = (), tensors: bool = True) -> Any:
+    """The tree that :func:`save_state` wrote, or its branch under the keys ``at``. ValueError for any other file.
+
+    Without ``tensors`` they are None, and of a file of any size only the header is read.
+    """
     with opened(path, "a Stylewright checkpoint") as file:
         header = file.metadata() or {}
         version = header.get("stylewright.state_version")
@@ -60,7 +63,10 @@ def load_state(path: Path) -> Any:
             raise ValueError(f"{path} is a safetensors file of something else: expected a Stylewright checkpoint")
         if version != str(VERSION):
             raise ValueError(f"{path} is a Stylewright checkpoint of version {version}: expected version {VERSION}")
-        return _unpack(json.loads(header["stylewright.state"]), file.get_tensor)
+        tree = json.loads(header["stylewright.state"])
+        for key in at:
+            tree = dict(tree["dict"])[key]
+        return _unpack(tree, file.get_tensor if tensors else lambda name: None)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -78,7 +84,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"cannot save a {type(value).__name__} in a checkpoint: {value!r}")
 
 
-def _unpack(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+def _unpack(value: Any, tensor: Callable[[str], torch.Tensor | None]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

@@ -16,6 +16,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,27 @@ logger = logging.getLogger(__name__)
 
 # What a continued run may change. ``steps`` may too, where the schedule does not depend on it.
 FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing", "memory"}
+RESULT = ("step", "seconds", "losses")  # of a learner's state, what is kept of a run that cannot be continued any more
 SPARE_BYTES = 16 * 2**20
 # Bytes on disk for each byte of adapter: itself, an average and up to three states of an optimiser, in the old
 # checkpoint and in the new one beside it, and the adapter's own file twice.
 DISK_FACTOR = 12
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint says of itself, read without its tensors."""
+
+    config: Mapping[str, Any]  # as a table
+    identity: Mapping[str, Any]  # what else tells the run from others
+    step: int  # optimizer steps done
+    continuable: bool  # False where only the result was kept
+
+    def differences(self, config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What forbids to continue with other options: (was, is) by dotted name. Nothing = the same run."""
+        free = FREE if config.scheduler == "constant" else FREE - {"steps"}
+        pairs = differences({**self.config, **self.identity}, {**config_to_table(config), **identity})
+        return {name: pair for name, pair in pairs.items() if name not in free}
 
 
 class RunDirectory:
@@ -52,30 +70,58 @@ class RunDirectory:
         self.adapter = path / "adapter.safetensors"
         self.samples = path / "samples"
 
-    def load(self, config: TrainConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The learner's state from the checkpoint, None where there is none yet.
-
-        IncompatibleCheckpoint where the file is unreadable, or belongs to a run with other options or other data.
-        """
+    def stored(self) -> Stored | None:
+        """What is in the checkpoint, None where there is none yet. IncompatibleCheckpoint where it is unreadable."""
         if not self.checkpoint.exists():
             return None
         try:
-            saved = load_state(self.checkpoint)
+            saved = load_state(self.checkpoint, tensors=False)
             # Through the dataclass, so that an option which is newer than the file has its default.
-            config_then = config_to_table(config_from_table(saved["config"]))
-            state, old = saved["learner"], {**config_then, **saved["identity"]}
+            config = config_to_table(config_from_table(saved["config"]))
+            learner = saved["learner"]
+            return Stored(config, saved["identity"], learner["step"], "optimizer" in learner)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise IncompatibleCheckpoint(
                 f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}): choose another "
                 "folder, or delete the file to begin anew."
             ) from error
-        _check_same(old, {**config_to_table(config), **identity}, self.checkpoint)
-        if state["step"] > config.steps:
+
+    def load(self, config: TrainConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The learner's state from the checkpoint, None where there is none yet.
+
+        IncompatibleCheckpoint where the file is unreadable, or belongs to a run with other options or other data.
+        """
+        stored = self.stored()
+        if stored is None:
+            return None
+        if differing := stored.differences(config, identity):
             raise IncompatibleCheckpoint(
-                f"{self.checkpoint} has {state['step']} steps already, more than steps={config.steps}: ask for more "
+                f"{self.checkpoint} belongs to another run: {listed(differing)}. Continue it with its own options, or "
+                "choose another folder."
+            )
+        if stored.step > config.steps:
+            raise IncompatibleCheckpoint(
+                f"{self.checkpoint} has {stored.step} steps already, more than steps={config.steps}: ask for more "
                 "steps, or choose another folder."
             )
-        return state
+        if not stored.continuable:
+            raise IncompatibleCheckpoint(
+                f"{self.checkpoint} holds the figures of a finished run, but no longer what it takes to continue it: "
+                "choose another folder."
+            )
+        return load_state(self.checkpoint, at=["learner"])
+
+    def losses(self) -> list[float]:
+        """The mean loss of each step up to the checkpoint."""
+        return load_state(self.checkpoint, at=["learner", "losses"]).tolist()
+
+    def forget_state(self) -> None:
+        """Drops what only a continuation needs, several times the adapter's size, and the adapter's copy here."""
+        result = {name: load_state(self.checkpoint, at=["learner", name]) for name in RESULT}
+        content = {**load_state(self.checkpoint, tensors=False), "learner": result}
+        with _disk_errors(self.checkpoint):
+            save_state(self.checkpoint, content)
+        self.adapter.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any]) -> None:
         """Writes the checkpoint. TrainingError where the disk does not take it; the one before is then intact."""
@@ -144,14 +190,9 @@ def read_config(path: Path) -> TrainConfig:
         raise ValueError(f"{path} is not the folder of a training run: {error}") from error
 
 
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    free = FREE if new["scheduler"] == "constant" else FREE - {"steps"}
-    differing = {name: pair for name, pair in differences(old, new).items() if name not in free}
-    if differing:
-        listed = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
-        raise IncompatibleCheckpoint(
-            f"{path} belongs to another run: {listed}. Continue it with its own options, or choose another folder."
-        )
+def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """ "seed was 0 and is 3; …"."""
+    return "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
 
 
 def require_writable(path: Path) -> None:

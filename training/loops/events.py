@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import TrainingError
 from ..formats.state import write_atomically
 
 BIN_WIDTH = 2.0  # of log_snr
@@ -103,10 +104,18 @@ class EventLog:
             _rewrite(path, self.events)
 
     def append(self, event: Event) -> None:
+        """TrainingError where the disk does not take it."""
         self.events.append(replace(event, images=None))
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(to_line(event) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write {self._path}: {error}. The last checkpoint is intact, and the run can be continued."
+            ) from error
 
 
 def read_events(path: Path, step: int | None = None) -> list[Event]:

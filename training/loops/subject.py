@@ -29,8 +29,9 @@ def subject_of(
     density: Density,
     base_model: str,
     unet_layers: int,
+    identity: Mapping[str, Any] | None = None,
 ) -> Subject:
-    """The subject of a run whose adapter is on ``denoiser.module`` now."""
+    """The subject of a run whose adapter is on ``denoiser.module`` now. ``identity``: None = :func:`identity_of`."""
 
     def weights(name: str) -> Tensor:
         adapted: Any = denoiser.module.get_submodule(name)  # peft's, around the layer
@@ -38,13 +39,21 @@ def subject_of(
 
     pictures = len(dataset.examples)
     return Subject(
-        identity={
-            "model": {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction},
-            "data": {"pictures": pictures, "fingerprint": dataset.fingerprint()},
-        },
+        identity=identity_of(denoiser, dataset) if identity is None else identity,
         about=replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers),
         weights=weights,
     )
+
+
+def identity_of(denoiser: Denoiser, dataset: Dataset) -> dict[str, Any]:
+    """What tells a run from another with the same options: the kind of model, and the encoded data."""
+    data = {"pictures": len(dataset.examples), "fingerprint": dataset.fingerprint()}
+    return {"model": kind_of(denoiser), "data": data}
+
+
+def kind_of(denoiser: Denoiser) -> dict[str, str]:
+    """What a model is, whatever its weights."""
+    return {"family": denoiser.family, "process": denoiser.process, "prediction": denoiser.prediction}
 
 
 def _about(

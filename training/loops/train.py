@@ -9,11 +9,12 @@ is the same whether its samples come in one batch or in several.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..formats.keys import UNET_LAYERS
 from ..noise import gaussian
 from ..randomness import generator
 from ..weightings import check_weighting
-from .checkpoint import open_run
+from .checkpoint import RunDirectory, open_run
 from .config import TrainConfig
 from .events import Event
 from .learner import Learner
@@ -56,8 +57,9 @@ def train(
     dataset: Dataset,
     config: TrainConfig,
     *,
-    run_dir: Path | None,  # None = nothing is kept on disk
+    run_dir: Path | RunDirectory | None,  # a folder, or one that is open already; None = nothing is kept on disk
     report: Callable[[Event], None] | None = None,  # what it raises stops the run, which is saved first
+    check: Callable[[], None] | None = None,  # called before every batch; what it raises does the same
     sample: Callable[[int], Tensor] | None = None,  # step -> pictures (b, 3, h, w) in [0, 1]
     device: torch.device | str = "cpu",
     latents_per_token: int = 4,  # positions of a latent to an image token
@@ -65,6 +67,7 @@ def train(
     base_model: str = "",  # its name, for the adapter's file
     unet_layers: int = UNET_LAYERS,  # residual layers a level, where it is a UNet
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
+    identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options; None = identity_of
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -77,20 +80,30 @@ def train(
     check_weighting(config.weighting, denoiser.prediction, denoiser.process)
     law = cache(partial(_law, denoiser, config))
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(run_dir)) if run_dir is not None else None
+        run = stack.enter_context(open_run(run_dir)) if isinstance(run_dir, Path) else run_dir
         adapter = stack.enter_context(
             attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed)
         )
         stack.enter_context((saving or as_configured(config)).applied(denoiser.module, device))
         learner, meter = Learner(adapter, config), Meter()
         density = law(_tokens(dataset.examples[0].latent, latents_per_token))
-        subject = subject_of(denoiser, dataset, config, density=density, base_model=base_model, unet_layers=unet_layers)
+        subject = subject_of(
+            denoiser,
+            dataset,
+            config,
+            density=density,
+            base_model=base_model,
+            unet_layers=unet_layers,
+            identity=identity,
+        )
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
         stack.enter_context(recorder.saving_on_exceptions())
         while learner.step < config.steps:
             step = learner.step
             uniforms = stratified_uniform(config.samples_a_step, generator(config.seed, "log_snr", step))
             for micro, u in enumerate(uniforms.split(config.batch_size)):
+                if check is not None:
+                    check()
                 batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation)
                 drawn = law(_tokens(batch.latents, latents_per_token)).icdf(u)
                 noise = _noise(batch.latents.shape, config, step, first=micro * config.batch_size)

@@ -1,0 +1,100 @@
+"""What a run is recognised by, over restarts of ComfyUI: hashes of what is linked, taken without encoding anything.
+
+Of weights a few numbers of every tensor are read, which tell one model from another of the same shape. What other
+nodes patched in counts too, by the numbers it holds; functions count by their names alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import comfy.model_patcher
+import comfy.sd
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor, nn
+
+from ...training.data.cache import digest
+from ...training.data.items import Item
+from ...training.denoiser import Denoiser
+from ...training.loops.subject import kind_of
+from .families import model_name
+
+SAMPLES = 4  # numbers of each tensor
+LENGTH = 12  # hexadecimal digits of a hash
+
+
+def identity_of(
+    denoiser: Denoiser,
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP,
+    vae: comfy.sd.VAE,
+    items: Sequence[Item],
+    caption_mode: str,
+) -> dict[str, Any]:
+    """The identity of a run on these, for :func:`~stylewright.training.loops.train.train`."""
+    return {
+        "model": {**kind_of(denoiser), "name": model_name(model), "weights": digest_of_model(model)},
+        "encoders": {
+            "clip": _hash(clip.layer_idx, digest_of_model(clip.patcher)),
+            "vae": digest_of_model(vae.patcher),
+        },
+        "data": {"pictures": len(items), "caption_mode": caption_mode, "fingerprint": digest_of_items(items)},
+    }
+
+
+def digest_of_model(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Of a model's own weights, whether it is loaded and patched now or not, and of its patches."""
+    pieces = list(_pieces([_weights(model), model.patches, model.object_patches]))
+    return _hash(*pieces)
+
+
+def digest_of_items(items: Iterable[Item]) -> str:
+    """Of pictures, masks and captions. ValueError names a file that cannot be read."""
+    rows = ([field.name, getattr(item, field.name)] for item in items for field in fields(item) if field.name != "name")
+    return _hash(*(_content(value) if isinstance(value, Path) else value for row in rows for value in row))
+
+
+def _hash(*parts: Any) -> str:
+    return digest(*(part if isinstance(part, Tensor | str | int) else repr(part) for part in parts))[:LENGTH]
+
+
+def _content(file: Path) -> str:
+    try:
+        return digest(torch.frombuffer(bytearray(file.read_bytes() or b" "), dtype=torch.uint8))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _weights(model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:
+    """The weights as they are without patches, which ComfyUI writes into them while a model is loaded."""
+    own = dict(model.model.named_parameters())
+    return own | {name: saved.weight for name, saved in model.backup.items() if name in own}
+
+
+def _pieces(value: Any) -> Iterator[Tensor | str]:
+    """A nested value as what can be hashed."""
+    match value:
+        case Tensor():
+            yield _sample(value)
+        case nn.Module():
+            yield from _pieces([type(value).__name__, *value.state_dict().values()])
+        case WeightAdapterBase():
+            yield from _pieces([value.name, value.weights])
+        case Mapping():
+            yield from _pieces([part for name in sorted(value, key=str) for part in (name, value[name])])
+        case list() | tuple() | set() | frozenset():
+            yield repr(len(value))
+            for part in value:
+                yield from _pieces(part)
+        case str() | int() | float() | bool() | None | torch.dtype() | torch.device():
+            yield repr(value)
+        case _:
+            yield type(value).__qualname__
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few numbers of a tensor, evenly spaced, on the CPU."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu()

@@ -1,0 +1,238 @@
+"""Runs inside ComfyUI: found again by the trainer's file name and by what was asked for, begun, and cleared away.
+
+Each has a folder below output/stylewright, whose name and number are those of its adapters in models/loras.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...training.errors import IncompatibleCheckpoint, TrainingError
+from ...training.formats.state import write_atomically
+from ...training.loops.checkpoint import RunDirectory, Stored, open_run
+from ...training.loops.config import TrainConfig
+from .files import adapter_folder, first_number, require_writable, runs_folder
+from .publishing import clear_unfinished, published, steps_of
+from .resuming import ANEW, AS_IT_IS, AUTOMATIC, CONTINUE, RESUME
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"  # beside what the run itself leaves behind
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder, and where its adapters go."""
+
+    folder: Path
+    pattern: str  # the trainer's file name, as it was typed
+    adapter: str  # below the LoRA folder, without ending: "styles/mine_00003"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def directory(self) -> RunDirectory:
+        """To read from. What writes opens it: see :func:`opened`."""
+        return RunDirectory(self.folder)
+
+    @property
+    def stem(self) -> Path:
+        """Of the adapters' files."""
+        return adapter_folder() / self.adapter
+
+    def write_record(self) -> None:
+        record = {"version": VERSION, "pattern": self.pattern, "adapter": self.adapter}
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.folder / RECORD, lambda temporary: _write(temporary, text))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run that can be read, and what forbids to continue it with the options of now."""
+
+    run: Run
+    stored: Stored
+    differing: Mapping[str, tuple[Any, Any]]  # (was, is) by dotted name
+    steps: int  # that are asked for now
+
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot be continued, "" where it can."""
+        if self.differing:
+            return "; ".join(_sentence(name, *pair) for name, pair in self.differing.items())
+        if self.stored.step > self.steps:
+            return f"it has {self.stored.step} steps already, and steps is {self.steps}"
+        if not self.stored.continuable and (self.stored.step < self.steps or not has_adapter(self.run, self.steps)):
+            return "its checkpoint is gone: only the newest finished runs keep theirs (keep_checkpoints)"
+        return ""
+
+
+def _sentence(name: str, was: Any, now: Any) -> str:
+    return OF_INPUTS.get(name, f"{name} was {was!r} and is {now!r}")
+
+
+# Entries of a run's identity that are hashes, said so that a person knows what to look at.
+OF_INPUTS = {
+    "data.fingerprint": "the pictures, captions or masks are others",
+    "model.weights": "the model's weights, or the LoRAs and patches on it, are others",
+    "encoders.clip": "the text encoder is another",
+    "encoders.vae": "the VAE is another",
+}
+
+
+def has_adapter(run: Run, step: int) -> bool:
+    """Whether the adapter of this step is in models/loras, or at least in the run's folder."""
+    return published(run.stem, step) is not None or steps_of(run.directory.adapter) == step
+
+
+def runs_of(pattern: str) -> list[tuple[Run, Stored]]:
+    """The runs of a trainer's file name that hold a checkpoint, the one that was written to last first."""
+    found = [(run, stored) for run in all_runs() if run.pattern == pattern and (stored := _stored(run))]
+    return sorted(found, key=lambda pair: (last_written(pair[0]), pair[0].name), reverse=True)
+
+
+def all_runs() -> Iterator[Run]:
+    """Every folder with a record that can be read."""
+    for path in sorted(runs_folder().glob(f"*/{RECORD}")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            yield Run(path.parent, record["pattern"], record["adapter"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is not the record of a run and is passed over: %s", path, error)
+
+
+def last_written(run: Run) -> int:
+    """Time of the checkpoint in nanoseconds; 0 where there is none."""
+    try:
+        return run.directory.checkpoint.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _stored(run: Run) -> Stored | None:
+    try:
+        return run.directory.stored()
+    except IncompatibleCheckpoint as error:
+        logger.warning("%s", error)
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a queued job does."""
+
+    run: Run | None  # None = a new one
+    stored: Stored | None
+    trains: bool
+    notice: str  # for the node and the log; "" = nothing worth saying
+
+
+def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str, Any]) -> Choice:
+    """The run that the options mean.
+
+    TrainingError where ``resume`` asks for what cannot be: IncompatibleCheckpoint names all that differs.
+    """
+    if resume not in RESUME:
+        raise ValueError(f"Got resume={resume!r}: expected one of {', '.join(RESUME)}.")
+    if resume == ANEW:
+        return Choice(None, None, True, "")
+    found = [Found(run, stored, stored.differences(config, identity), config.steps) for run, stored in runs_of(pattern)]
+    if resume == AS_IT_IS:
+        return _as_it_is(found, pattern)
+    fitting = [each for each in found if not each.obstacle]
+    if fitting:
+        return _continued(max(fitting, key=lambda each: each.stored.step))
+    if resume == CONTINUE:
+        raise _refusal(found, pattern)
+    newest = f"{found[0].run.name} is not continued: {found[0].obstacle}. A new run begins" if found else ""
+    return Choice(None, None, True, newest)
+
+
+def _continued(found: Found) -> Choice:
+    done, steps, name = found.stored.step, found.steps, found.run.name
+    if done == steps and has_adapter(found.run, done):
+        return Choice(found.run, found.stored, False, f"{name} has its {steps} steps: nothing was left to train")
+    notice = f"{name} goes on at step {done} of {steps}" if done else ""
+    return Choice(found.run, found.stored, True, notice)
+
+
+def _as_it_is(found: list[Found], pattern: str) -> Choice:
+    """The run of these options, or else the last one of this file name."""
+    trained = [each for each in found if each.stored.step]
+    if not trained:
+        raise TrainingError(
+            f"there is no run of the file name {pattern!r} that has learned anything yet: set resume to {AUTOMATIC!r}"
+        )
+    same = [each for each in trained if not each.differing]
+    each = max(same, key=lambda each: each.stored.step) if same else trained[0]
+    notice = f"{each.run.name} as it is after {each.stored.step} steps: nothing was trained"
+    return Choice(each.run, each.stored, False, notice if same else f"{notice}. Its options differ: {each.obstacle}")
+
+
+def _refusal(found: list[Found], pattern: str) -> TrainingError:
+    if not found:
+        return TrainingError(
+            f"there is no run of the file name {pattern!r} to continue: set resume to {AUTOMATIC!r} to begin one"
+        )
+    return IncompatibleCheckpoint(
+        f"{found[0].run.name} cannot be continued exactly: {found[0].obstacle}. Put this back, or set resume to "
+        f"{ANEW!r}; {AS_IT_IS!r} gives its adapter as it is"
+    )
+
+
+def new_run(pattern: str, filled: str) -> Run:
+    """A folder with the next free number, for adapters of the filled-in pattern. ValueError where it cannot be made."""
+    require_writable(runs_folder())
+    number = first_number(filled)
+    while True:
+        run = Run(runs_folder() / f"{filled.replace('/', '-')}_{number:05}", pattern, f"{filled}_{number:05}")
+        try:
+            run.folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        run.write_record()
+        return run
+
+
+@contextmanager
+def opened(run: Run) -> Iterator[RunDirectory]:
+    """The run's folder, locked and without what a killed process left half written, beside its adapters too.
+
+    A run that comes to nothing inside, without a first checkpoint, leaves no folder.
+    """
+    try:
+        with open_run(run.folder) as directory:
+            run.write_record()  # again: somebody may have cleared the folder
+            clear_unfinished(run.stem)
+            yield directory
+    finally:
+        if not run.directory.checkpoint.exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def clear_states(keep: int) -> None:
+    """Of finished runs only the ``keep`` newest keep what it takes to train them further; figures and adapters stay."""
+    finished = []
+    for run in all_runs():
+        stored = _stored(run)
+        if stored and stored.continuable and stored.step == stored.config["steps"]:
+            finished.append(run)
+    for run in sorted(finished, key=last_written, reverse=True)[keep:]:
+        try:
+            with open_run(run.folder) as directory:
+                directory.forget_state()
+        except (TrainingError, ValueError, OSError) as error:  # in use, or a disk that refuses: another time
+            logger.warning("the checkpoint of %s stays: %s", run.name, error)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
