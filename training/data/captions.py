@@ -5,14 +5,21 @@ which are StyleDrop's.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from ..randomness import generator
+
 FILE_KEYS = ("file", "image", "file_name")
 CAPTION_KEYS = ("caption", "text", "prompt")
 SHOWN = 5  # examples in an error message
+FEW_TAGS = 8  # with more there are always enough orders
+ATTEMPTS = 20  # draws for each order of tags that is wanted
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,31 @@ def _as_given(captions: Sequence[Caption]) -> list[str]:
     return [one_line(caption.text) for caption in captions]
 
 
+def _plain(captions: Sequence[Caption]) -> list[str]:
+    return [one_line(caption.text) for caption in captions]
+
+
+def tag_orders(text: str, orders: int, keep: int, seed: int) -> list[str]:
+    """``text`` as it is, and the tags between its commas in up to ``orders`` - 1 other orders; the first ``keep`` stay.
+
+    A function of the text and the seed. Fewer where the tags do not allow as many.
+
+    >>> tag_orders("a cat, red", 4, 0, seed=0)
+    ['a cat, red', 'red, a cat']
+    """
+    tags = [tag for tag in map(str.strip, one_line(text).split(",")) if tag]
+    front, rest = tags[:keep], tags[keep:]
+    wanted = min(orders, math.factorial(min(len(rest), FEW_TAGS)))
+    found = {", ".join(tags): text}
+    for attempt in range(ATTEMPTS * orders):  # equal tags make fewer orders than the factorial
+        if len(found) >= wanted:
+            break
+        places = torch.randperm(len(rest), generator=generator(seed, "order of tags", text, attempt)).tolist()
+        order = ", ".join([*front, *(rest[place] for place in places)])
+        found.setdefault(order, order)
+    return list(found.values())
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - SHOWN
@@ -161,4 +193,5 @@ def _entry(row: dict[str, object], keys: tuple[str, ...], where: str) -> str:
 CAPTION_MODES: dict[str, Callable[[Sequence[Caption]], list[str]]] = {
     "content": _from_content,  # "a cat" -> "a cat in watercolor painting style"
     "full": _as_given,  # captions are complete, and checked for the phrase
+    "plain": _plain,  # captions are complete, and nothing is asked of them: for pictures in no style
 }

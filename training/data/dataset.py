@@ -4,10 +4,9 @@ Examples of one shape (of latent and of conditioning) form a group, and a batch 
 prompt is not padded to the length of another one: models without an attention mask would read the padding.
 """
 
-import heapq
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,11 +14,23 @@ from torch import Tensor
 from ..denoiser import Conditioning
 from ..randomness import generator
 from .cache import digest, digest_named
+from .concepts import BASE, STYLE
+from .order import Order
+
+PRIOR_SHARE = 0.5  # of the samples, where there are pictures for prior preservation: DreamBooth's
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A caption, encoded."""
+
+    caption: str
+    conditioning: Conditioning  # rows (1, …)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture, encoded. float32 on the CPU."""
+    """One picture at one size, encoded. float32 on the CPU."""
 
     name: str
     latent: Tensor  # (c, h, w)
@@ -27,6 +38,9 @@ class Example:
     mask: Tensor | None  # (1, h, w) in [0, 1]; None = the whole picture
     caption: str
     repeats: int = 1
+    weight: float = 1.0  # factor on its loss
+    role: str = STYLE  # or one of PRIORS
+    others: tuple[Spelling, ...] = ()  # the caption's tags in further orders, of the same shapes
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class Batch:
     conditioning: Conditioning  # (b, …)
     mask: Tensor | None  # (b, 1, h, w)
     captions: tuple[str, ...]  # "" where the caption was dropped
+    weights: Tensor  # (b,) factors on the losses
+    of_base: bool  # whether the target is what the model says without its adapter
 
 
 class Dataset:
@@ -46,22 +62,36 @@ class Dataset:
     none is smaller. Groups take turns so that all examples are seen at the same rate: after n draws from a group
     any two of its examples differ by at most one sight (times their repeats), and after a whole cycle of turns all
     examples of the dataset are even.
+
+    With pictures for prior preservation, batches of them take turns with those of the style so that ``prior_share``
+    of all batches is theirs, and weights undo the shares: over a cycle the mean loss is the mean of the style's plus
+    the mean of theirs, each times its own weight. The share moves work and variance, never the objective.
     """
 
-    def __init__(self, examples: Sequence[Example], null: Conditioning, caption_dropout: float = 0.0) -> None:
-        if not examples:
-            raise ValueError("There are no examples to train on: give at least one")
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"The caption dropout is {caption_dropout}, expected a share from 0 to 1")
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        null: Conditioning | None,
+        caption_dropout: float = 0.0,
+        prior_share: float = PRIOR_SHARE,
+    ) -> None:
+        """``null`` is the conditioning of the empty prompt, (1, …); None = there is none, and no caption dropout."""
+        _check(examples, null, caption_dropout, prior_share)
         self.examples = tuple(examples)
-        self.null = null  # conditioning of the empty prompt, (1, …)
+        self.null = null
         self.caption_dropout = caption_dropout
-        self._groups = _group(self.examples)
-        self._cycle = turns([len(group) for group in self._groups])
+        self.shares = _shares(self.examples, prior_share)
+        seats = [int(share * self.shares[False].denominator) for share in self.shares.values()]
+        self._order = Order([_group(self.examples, prior) for prior in self.shares], seats)
 
     def __len__(self) -> int:
         """Sights in an epoch: every example as often as it is repeated."""
         return sum(example.repeats for example in self.examples)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures there are of the style, however many sizes each is trained at."""
+        return len({example.name for example in self.examples if example.role == STYLE})
 
     def batch(self, seed: int, step: int, micro: int, batch_size: int, accumulation: int = 1) -> Batch:
         """The batch of one forward pass: ``micro`` of the ``accumulation`` passes of an optimizer step."""
@@ -69,46 +99,49 @@ class Dataset:
             raise ValueError(f"Got batch size {batch_size} and accumulation {accumulation}: both are at least 1")
         if not (step >= 0 and 0 <= micro < accumulation):
             raise ValueError(f"Got pass {micro} of step {step}: expected a pass from 0 to {accumulation - 1}")
-        group, turn = self._turn(step * accumulation + micro)
-        picked = [self.examples[index] for index in self._draw(seed, group, turn * batch_size, batch_size)]
-        dropped = self._dropped(seed, step, micro, picked)
-        rows = [self.null if drop else example.conditioning for example, drop in zip(picked, dropped, strict=True)]
+        numbers = self._order.batch(seed, step * accumulation + micro, batch_size)
+        picked = [self.examples[number] for number in numbers]
+        spelt = self._spelt(seed, step, micro, picked)
         return Batch(
             latents=torch.stack([example.latent for example in picked]),
-            conditioning={name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+            conditioning={
+                name: torch.cat([spelling.conditioning[name] for spelling in spelt]) for name in spelt[0].conditioning
+            },
             mask=_stack_masks(picked),
-            captions=tuple("" if drop else example.caption for example, drop in zip(picked, dropped, strict=True)),
+            captions=tuple(spelling.caption for spelling in spelt),
+            weights=torch.tensor([example.weight / float(self.shares[example.role != STYLE]) for example in picked]),
+            of_base=picked[0].role == BASE,
         )
 
-    def _turn(self, index: int) -> tuple[int, int]:
-        """Whose turn the batch ``index`` of the run is, and how many turns that group had before."""
-        cycles, place = divmod(index, len(self._cycle))
-        group = self._cycle[place]
-        return group, cycles * self._cycle.count(group) + self._cycle[:place].count(group)
-
-    def _draw(self, seed: int, group: int, start: int, count: int) -> list[int]:
-        """Examples ``start`` to ``start + count`` of a group's stream."""
-        members = self._groups[group]
-        epochs = range(start // len(members), (start + count - 1) // len(members) + 1)
-        orders = [torch.randperm(len(members), generator=generator(seed, "epoch", group, k)).tolist() for k in epochs]
-        stream = [members[place] for order in orders for place in order]
-        first = start % len(members)
-        return stream[first : first + count]
+    def _spelt(self, seed: int, step: int, micro: int, picked: list[Example]) -> list[Spelling]:
+        """The caption of each sample: in one of its orders, or the empty prompt."""
+        source = generator(seed, "caption order", step, micro)
+        orders = torch.rand(len(picked), generator=source, dtype=torch.float64).tolist()
+        spelt = []
+        for example, order, drop in zip(picked, orders, self._dropped(seed, step, micro, picked), strict=True):
+            all_orders = (Spelling(example.caption, example.conditioning), *example.others)
+            spelt.append(_empty(self.null) if drop else all_orders[int(order * len(all_orders))])
+        return spelt
 
     def _dropped(self, seed: int, step: int, micro: int, picked: list[Example]) -> list[bool]:
         """Which captions give way to the empty prompt: one by one where its shape allows, else all or none."""
+        if self.null is None:
+            return [False] * len(picked)
         draws = torch.rand(len(picked), generator=generator(seed, "caption dropout", step, micro))
-        if _shapes(self.null) != _shapes(picked[0].conditioning):
+        if shapes(self.null) != shapes(picked[0].conditioning):
             draws = draws[:1].expand(len(picked))
         return (draws < self.caption_dropout).tolist()
 
     def fingerprint(self) -> str:
         """A hash of all that decides the batches: a run continues only with the dataset it began with."""
-        parts = [digest(float(self.caption_dropout).hex(), digest_named(self.null))]
+        shares = [str(share) for share in self.shares.values()]
+        parts = [digest(float(self.caption_dropout).hex(), digest_named(self.null or {}), *shares)]
         for example in self.examples:
             mask = "" if example.mask is None else example.mask
             row = digest_named(example.conditioning)
-            parts.append(digest(example.latent, row, mask, example.caption, example.repeats))
+            use = digest(example.repeats, float(example.weight).hex(), example.role)
+            others = [digest(other.caption, digest_named(other.conditioning)) for other in example.others]
+            parts.append(digest(example.latent, row, mask, example.caption, use, *others))
         return digest(*parts)
 
     def describe(self) -> dict[str, object]:
@@ -117,35 +150,46 @@ class Dataset:
         for example in self.examples:
             height, width = example.latent.shape[1:]
             sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + example.repeats
-        return {"pictures": len(self.examples), "epoch": len(self), "latent_sizes": sizes}
+        return {"pictures": self.pictures, "epoch": len(self), "latent_sizes": sizes}
 
 
-def turns(sizes: Sequence[int]) -> list[int]:
-    """A cycle of group numbers in which each group occurs in proportion to its size, spread evenly.
-
-    Webster's method of apportionment: the next seat goes to the group with the most members for a half more than
-    the seats it has. One cycle is the shortest that is exactly proportional.
-    """
-    queue = [(1 / size, 0, group) for group, size in enumerate(sizes)]
-    heapq.heapify(queue)
-    cycle = []
-    for _ in range(sum(sizes) // math.gcd(*sizes)):
-        _, seats, group = queue[0]
-        cycle.append(group)
-        heapq.heapreplace(queue, ((2 * seats + 3) / sizes[group], seats + 1, group))
-    return cycle
+def _check(examples: Sequence[Example], null: Conditioning | None, caption_dropout: float, prior_share: float) -> None:
+    if not examples:
+        raise ValueError("There are no examples to train on: give at least one")
+    if all(example.role != STYLE for example in examples):
+        raise ValueError("All pictures are for prior preservation: give at least one of the style")
+    if not 0 <= caption_dropout <= 1:
+        raise ValueError(f"The caption dropout is {caption_dropout}, expected a share from 0 to 1")
+    if caption_dropout and null is None:
+        raise ValueError("Caption dropout needs the empty prompt's encoding, and there is no text encoder to make it")
+    if not 0.01 <= prior_share <= 0.99:
+        raise ValueError(f"The share of samples for prior preservation is {prior_share}, expected 0.01 to 0.99")
 
 
-def _group(examples: Sequence[Example]) -> list[list[int]]:
-    """Numbers of the examples that can share a batch, each as often as it is repeated."""
+def _shares(examples: Sequence[Example], prior_share: float) -> dict[bool, Fraction]:
+    """The share of batches that are for the style (False) and for prior preservation (True)."""
+    if all(example.role == STYLE for example in examples):
+        return {False: Fraction(1)}
+    prior = Fraction(prior_share).limit_denominator(100)
+    return {False: 1 - prior, True: prior}
+
+
+def _empty(null: Conditioning | None) -> Spelling:
+    assert null is not None  # nothing is dropped without it
+    return Spelling("", null)
+
+
+def _group(examples: Sequence[Example], prior: bool) -> list[list[int]]:
+    """Numbers of the style's examples, or of the others, that can share a batch, each as often as it is repeated."""
     groups: dict[object, list[int]] = {}
     for number, example in enumerate(examples):
-        key = (tuple(example.latent.shape), _shapes(example.conditioning))
-        groups.setdefault(key, []).extend([number] * example.repeats)
+        if (example.role != STYLE) == prior:
+            key = (tuple(example.latent.shape), shapes(example.conditioning), example.role)
+            groups.setdefault(key, []).extend([number] * example.repeats)
     return list(groups.values())
 
 
-def _shapes(conditioning: Mapping[str, Tensor]) -> tuple[object, ...]:
+def shapes(conditioning: Mapping[str, Tensor]) -> tuple[object, ...]:
     """What has to be equal for rows to be joined."""
     return tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(conditioning.items()))
 

@@ -1,7 +1,7 @@
 """From items to a dataset: every picture and caption through the model's encoders, once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from ..hosts.host import Host
 from ..randomness import generator
 from .buckets import Bucket, enlargement, kept, make_buckets, nearest
 from .cache import Cache, digest, digest_named, settled
-from .captions import Caption, complete, listed
-from .dataset import Dataset, Example
+from .captions import Caption, complete, listed, tag_orders
+from .dataset import PRIOR_SHARE, Dataset, Example, Spelling, shapes
 from .images import Picture, fit, load_picture
 from .items import Item
 
@@ -41,10 +41,12 @@ def encode(
     items: Sequence[Item],
     host: Host,
     *,
-    resolution: int,  # pixels: pictures are trained at about resolution² of them
+    resolution: int,  # pixels: pictures are trained at about resolution² of them, where their concept says nothing
     style_phrase: str,  # "" = none, with complete captions
-    caption_mode: str = "content",  # "content" = put into the template; "full" = complete, has to contain the phrase
+    caption_mode: str = "content",  # a key of CAPTION_MODES, where a concept says nothing
     caption_dropout: float = 0.0,  # share of draws that see the empty prompt instead
+    prior_share: float = PRIOR_SHARE,  # share of batches for prior preservation, where there are items for it
+    seed: int = 0,  # of the orders of tags
     cache_dir: Path | None = None,  # None = kept in memory only
     progress: Callable[[int, int], None] | None = None,  # pieces done, pieces in all
 ) -> Dataset:
@@ -58,42 +60,82 @@ def encode(
         raise ValueError("There are no pictures to train on: give at least one")
     if not 0 <= caption_dropout <= 1:
         raise ValueError(f"The caption dropout is {caption_dropout}, expected a share from 0 to 1")
-    captions = complete([_caption(item, style_phrase) for item in items], caption_mode)
+    captions = spellings(items, style_phrase, caption_mode, seed)
     views = survey(items, host, resolution)
     cache = Cache(cache_dir)
-    done = _counter(progress, len(set(captions)) + len(items))
-    null = settled(encode_prompt(host, ""))
-    rows = _encode_captions(captions, host, cache, null, done)
-    latents = _encode_views(items, views, host, cache, done)
+    texts = dict.fromkeys(text for texts in captions for text in texts)
+    done = _counter(progress, len(texts) + sum(map(len, views)))
+    null = settled(encode_prompt(host, "")) if caption_dropout or cache_dir is not None else None
+    rows = _encode_captions(texts, host, cache, null, done)
+    encoder = digest(host.name, encode_image(host, _probe(host), "the probe")["latent"]) if cache.folder else ""
     examples = [
-        Example(item.name, latent, rows[caption], view.mask, caption, item.repeats)
-        for item, caption, view, latent in zip(items, captions, views, latents, strict=True)
+        _example(item, view, [Spelling(text, rows[text]) for text in texts], latent)
+        for item, texts, seen in zip(items, captions, views, strict=True)
+        for view, latent in zip(seen, _encode_views(item, seen, host, encoder, cache, done), strict=True)
     ]
-    return Dataset(examples, null, caption_dropout)
+    return Dataset(examples, null, caption_dropout, prior_share)
 
 
-def _caption(item: Item, style_phrase: str) -> Caption:
-    return Caption(item.name, item.caption, style_phrase if item.style_phrase is None else item.style_phrase)
+def _example(item: Item, view: View, spelt: Sequence[Spelling], latent: Tensor) -> Example:
+    """Of the caption's orders those whose encoding has the shape of the first: a batch has one shape."""
+    first, *others = spelt
+    return Example(
+        item.name,
+        latent,
+        first.conditioning,
+        view.mask,
+        first.caption,
+        item.repeats,
+        item.concept.weight,
+        item.concept.role,
+        tuple(other for other in others if shapes(other.conditioning) == shapes(first.conditioning)),
+    )
 
 
-def survey(items: Sequence[Item], host: Host, resolution: int) -> list[View]:
-    """Opens every picture once and decides its size. ValueError with everything that cannot be used."""
-    buckets = make_buckets(resolution, host.pixels_per_token)
+def spellings(items: Sequence[Item], style_phrase: str, caption_mode: str, seed: int) -> list[list[str]]:
+    """The complete captions of each item: the written one, and its tags in the further orders that are asked for.
+
+    ValueError for captions that cannot be used, with the pictures named.
+    """
+    found: dict[int, list[str]] = {}
+    for mode in dict.fromkeys(item.concept.caption_mode or caption_mode for item in items):
+        ours = [n for n, item in enumerate(items) if (item.concept.caption_mode or caption_mode) == mode]
+        written = complete([_caption(items[n], items[n].caption, style_phrase) for n in ours], mode)
+        for n, text in zip(ours, written, strict=True):
+            item = items[n]
+            orders = tag_orders(item.caption, item.concept.orders, item.concept.keep, seed)[1:]
+            found[n] = [text, *complete([_caption(item, order, style_phrase) for order in orders], mode)]
+    return [found[n] for n in range(len(items))]
+
+
+def _caption(item: Item, text: str, style_phrase: str) -> Caption:
+    phrase = item.concept.style_phrase
+    return Caption(item.name, text, style_phrase if phrase is None else phrase)
+
+
+def survey(items: Sequence[Item], host: Host, resolution: int) -> list[list[View]]:
+    """Opens every picture once and decides its sizes. ValueError with everything that cannot be used."""
+    buckets: dict[int, list[Bucket]] = {}
     views, problems, enlarged, cut = [], [], [], []
     for item in items:
+        seen = []
         try:
             picture = load_picture(item.image, item.mask, item.name)
-            view = _view(item, picture, buckets, host)
+            for side in item.concept.resolutions or (resolution,):
+                if side not in buckets:
+                    buckets[side] = make_buckets(side, host.pixels_per_token)
+                seen.append(_view(item, picture, buckets[side], host))
         except ValueError as error:
             problems.append(str(error))
             continue
-        views.append(view)
+        views.append(seen)
         height, width = picture.pixels.shape[1:]
-        change = f"{item.name} ({width}x{height} to {view.bucket})"
-        enlarged += [change] if enlargement(view.bucket, height, width) > 1 else []
-        cut += [change] if kept(view.bucket, height, width) < CUT_WORTH_A_WARNING else []
+        for view in seen:
+            change = f"{item.name} ({width}x{height} to {view.bucket})"
+            enlarged += [change] if enlargement(view.bucket, height, width) > 1 else []
+            cut += [change] if kept(view.bucket, height, width) < CUT_WORTH_A_WARNING else []
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     if enlarged:
         log.warning("Pictures smaller than the training size are enlarged, which blurs them: %s", listed(enlarged))
     if cut:
@@ -117,28 +159,25 @@ def _latent_size(bucket: Bucket, host: Host) -> tuple[int, int]:
 
 
 def _encode_captions(
-    captions: Sequence[str], host: Host, cache: Cache, null: Conditioning, done: Counter
+    captions: Iterable[str], host: Host, cache: Cache, null: Conditioning | None, done: Counter
 ) -> dict[str, dict[str, Tensor]]:
-    """Conditioning of each different caption."""
+    """Conditioning of each caption."""
     # The name does not tell one text encoder from another; what it makes of the empty prompt does.
-    encoder = digest(host.name, digest_named(null))
+    encoder = digest(host.name, digest_named(null or {}))
     rows = {}
-    for caption in dict.fromkeys(captions):
+    for caption in captions:
         rows[caption] = cache.recall("text", digest(encoder, caption), partial(encode_prompt, host, caption))
         done()
     return rows
 
 
 def _encode_views(
-    items: Sequence[Item], views: Sequence[View], host: Host, cache: Cache, done: Counter
-) -> list[Tensor]:
+    item: Item, views: Sequence[View], host: Host, encoder: str, cache: Cache, done: Counter
+) -> Iterator[Tensor]:
     """Latents (c, h, w), float32."""
-    encoder = digest(host.name, encode_image(host, _probe(host), "the probe")["latent"]) if cache.folder else ""
-    latents = []
-    for item, view in zip(items, views, strict=True):
-        latents.append(cache.recall("latent", digest(encoder, view.key), partial(_encode_view, host, item, view)))
+    for view in views:
+        yield cache.recall("latent", digest(encoder, view.key), partial(_encode_view, host, item, view))["latent"]
         done()
-    return [latent["latent"] for latent in latents]
 
 
 def _encode_view(host: Host, item: Item, view: View) -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
 """What a dataset is made of: pictures with their captions, from a folder or from memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from .captions import Row, listed, one_line, read_rows, read_text
+from .captions import Row, contains, listed, one_line, read_rows, read_text
+from .concepts import BASE, STYLE, Concept
 from .images import IMAGE_SUFFIXES, load_picture
 
 MASK_ENDING = "_mask"  # cat_mask.png is the mask of cat.jpg
+PLAIN = Concept()  # all as the run has it
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Item:
     caption: str
     mask: Tensor | Path | None = None  # (h, w) or (1, h, w); None = the whole picture
     repeats: int = 1  # how often it is seen while others are seen once
-    style_phrase: str | None = None  # None = the one of the run; several concepts have one each
+    concept: Concept = PLAIN  # what it shares with others: style phrase, sizes, weight, …
     name: str = "the picture"  # for messages
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ def items_from_memory(
     masks: Sequence[Tensor | None] | Tensor | None = None,
     *,
     repeats: int = 1,
-    style_phrase: str | None = None,
+    concept: Concept = PLAIN,
 ) -> list[Item]:
     """Items of tensors (3, h, w) in [0, 1]. One text as ``captions`` is the caption of every picture."""
     count = len(images)
@@ -50,7 +52,7 @@ def items_from_memory(
     if len(masks) != count:
         raise ValueError(f"Got {count} pictures and {len(masks)} masks: expected as many masks as pictures")
     return [
-        Item(image, one_line(caption), mask, repeats, style_phrase, name=f"picture {number}")
+        Item(image, one_line(caption), mask, repeats, concept, name=f"picture {number}")
         for number, (image, caption, mask) in enumerate(zip(images, captions, masks, strict=True), start=1)
     ]
 
@@ -59,7 +61,7 @@ def read_folder(
     path: Path | str,
     *,
     repeats: int = 1,
-    style_phrase: str | None = None,
+    concept: Concept = PLAIN,
     alpha_masks: bool = False,
     within: Path | None = None,  # a JSONL file may list what is below this folder only; None = anything
 ) -> list[Item]:
@@ -88,11 +90,37 @@ def read_folder(
             caption=row.caption,
             mask=row.mask or masks.get(row.image) or (row.image if alpha_masks else None),
             repeats=repeats * row.repeats,
-            style_phrase=style_phrase,
+            concept=concept,
             name=str(row.image),
         )
         for row in rows
     ]
+
+
+def preserving(items: Sequence[Item], role: str, weight: float) -> list[Item]:
+    """The same items for prior preservation: as regularisation pictures, with "pictures" or "base" as ``role``."""
+    return [replace(item, concept=replace(item.concept, role=role, weight=weight)) for item in items]
+
+
+def without_style(items: Sequence[Item], weight: float) -> list[Item]:
+    """The style's pictures once more, under their contents alone: there the model is to stay what it is.
+
+    ValueError for captions that hold the style phrase, or for which it is not known where it is.
+    """
+    items = [item for item in items if item.concept.role == STYLE]
+    marked = [
+        item.name
+        for item in items
+        if item.concept.caption_mode != "content" or contains(item.caption, item.concept.style_phrase or "")
+    ]
+    if marked:
+        raise ValueError(
+            "For prior preservation on the style's own pictures their captions are taken without the style phrase, "
+            f"which is known for the caption mode 'content' and contents alone. Not so: {listed(marked)}. Write "
+            "contents, or give regularisation pictures"
+        )
+    concepts = [replace(item.concept, role=BASE, weight=weight, caption_mode="plain") for item in items]
+    return [replace(item, concept=concept) for item, concept in zip(items, concepts, strict=True)]
 
 
 def check_pictures(items: Sequence[Item]) -> None:

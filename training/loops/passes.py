@@ -23,6 +23,8 @@ class Noised:
     eps: Tensor  # (b, c, h, w)
     mask: Tensor | None  # (b, 1, h, w)
     conditioning: Conditioning  # (b, …)
+    weights: Tensor | None = None  # (b,) factors on the losses; None = 1
+    of_base: bool = False  # whether the target is what the model says without the adapter
 
 
 def learn_from(
@@ -33,8 +35,18 @@ def learn_from(
     wanted = target(denoiser.prediction, denoiser.process, batch.x0, batch.eps, batch.log_snr)
     with adapter.dropout(source):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            if batch.of_base:
+                wanted = _without(adapter, denoiser, x_t, batch)
             prediction = denoiser(x_t, batch.log_snr, batch.conditioning)
         losses = LOSSES[config.loss](prediction, wanted, batch.mask)
         losses = losses * WEIGHTINGS[config.weighting](batch.log_snr, denoiser.prediction, denoiser.process)
+        losses = losses if batch.weights is None else losses * batch.weights
         (losses.mean() / config.accumulation).backward()
     return losses
+
+
+@torch.no_grad()
+def _without(adapter: Adapter, denoiser: Denoiser, x_t: Tensor, batch: Noised) -> Tensor:
+    """What the model answers without its adapter, (b, c, h, w): the target that preserves it."""
+    with adapter.enabled(False):
+        return denoiser(x_t, batch.log_snr, batch.conditioning)

@@ -37,7 +37,7 @@ def subject_of(
         adapted: Any = denoiser.module.get_submodule(name)  # peft's, around the layer
         return adapted.get_base_layer().weight
 
-    pictures = len(dataset.examples)
+    pictures = dataset.pictures
     return Subject(
         identity=identity_of(denoiser, dataset) if identity is None else identity,
         about=replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers),

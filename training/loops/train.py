@@ -109,8 +109,9 @@ def train(
                 noise = _noise(batch.latents.shape, config, step, first=micro * config.batch_size)
                 x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
                 mask = None if batch.mask is None else _moved(batch.mask, device)
+                weights = _moved(batch.weights, device)
                 conditions = _conditions(batch.conditioning, conditioning or {}, len(x0), device)
-                noised = Noised(x0, log_snr, eps, mask, conditions)
+                noised = Noised(x0, log_snr, eps, mask, conditions, weights, batch.of_base)
                 losses = learn_from(noised, denoiser, adapter, config, generator(config.seed, "dropout", step, micro))
                 meter.add(step, batch.captions, drawn, losses)
 

@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from stylewright.training.data.dataset import Dataset, Example, turns
+from stylewright.training.data.concepts import Concept
+from stylewright.training.data.dataset import Dataset, Example, Spelling
 
 
 def example(number, height=4, width=6, tokens=3, repeats=1, mask=False):
@@ -111,17 +112,6 @@ def test_a_small_group_is_not_seen_more_often(sizes, batch_size):
         assert spread(batches[:length], groups) <= 1 + 2 * -(-batch_size // min(sizes))
 
 
-def test_turns_are_exact_and_even():
-    assert turns([3]) == [0]
-    assert turns([1, 1]) == [0, 1]
-    assert turns([6, 2]) == turns([3, 1]) == [0, 1, 0, 0]
-    cycle = turns([7, 5, 1])
-    assert Counter(cycle) == {0: 7, 1: 5, 2: 1}
-    for length in range(1, 14):
-        for group, size in enumerate([7, 5, 1]):
-            assert abs(cycle[:length].count(group) - size * length / 13) < 1
-
-
 def test_prompts_of_different_lengths_do_not_share_a_batch():
     dataset = made(*(example(number, tokens=3 + number % 2) for number in range(6)))
     for batch in run(dataset, 12, 2):
@@ -199,10 +189,12 @@ def test_the_fingerprint_tells_datasets_apart():
         dataclasses.replace(first, caption="another"),
         dataclasses.replace(first, repeats=2),
         dataclasses.replace(first, mask=torch.ones(1, 4, 6)),
+        dataclasses.replace(first, weight=2.0),
+        dataclasses.replace(first, others=(Spelling("another order", first.conditioning),)),
     ]
     prints = {made(changed).fingerprint() for changed in [first, *others]}
     prints |= {made(first, dropout=0.1).fingerprint(), made(first, tokens=4).fingerprint()}
-    assert len(prints) == 8
+    assert len(prints) == 10
     assert made(first).fingerprint() == made(dataclasses.replace(first, name="moved elsewhere")).fingerprint()
 
 
@@ -225,3 +217,56 @@ def test_wrong_arguments_are_named():
         dataset.batch(0, 3, 1, 1)
     with pytest.raises(ValueError, match="step -1"):
         dataset.batch(0, -1, 0, 1)
+
+
+def prior(number, role="pictures", **changes):
+    return dataclasses.replace(example(number), role=role, **changes)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1, 0.35])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_prior_preservation_has_exactly_its_share(share, batch_size):
+    dataset = Dataset([example(0), example(1), *(prior(n, weight=0.5) for n in range(10, 17))], null(), 0.0, share)
+    kinds = [dataset.batch(0, step, 0, batch_size) for step in range(100)]
+    preserving = [batch for batch in kinds if numbers(batch)[0] >= 10]
+    assert len(preserving) == 100 * share
+    for batch in kinds:
+        assert len({number >= 10 for number in numbers(batch)}) == 1 and not batch.of_base
+    # Over a cycle the weights of the style's samples sum to its number of samples, and the others' to half of that.
+    samples = 100 * batch_size
+    assert sum(batch.weights.sum().item() for batch in kinds) == pytest.approx(1.5 * samples)
+    assert sum(batch.weights.sum().item() for batch in preserving) == pytest.approx(0.5 * samples)
+    # Each pool is as even in itself as without the other.
+    assert spread([numbers(batch) for batch in preserving], range(10, 17)) <= 1
+
+
+def test_the_style_s_pictures_come_in_the_same_order_with_and_without_others():
+    style = [example(n) for n in range(5)]
+    alone = run(Dataset(style, null()), 10, 2)
+    beside = run(Dataset([*style, prior(9)], null()), 20, 2)
+    assert [batch for batch in beside if batch[0] != 9] == alone
+
+
+def test_targets_of_two_kinds_do_not_share_a_batch():
+    dataset = Dataset([example(0), prior(10), prior(11, "base"), prior(12, "base")], null())
+    for step in range(40):
+        batch = dataset.batch(0, step, 0, 2)
+        assert {number >= 11 for number in numbers(batch)} == {batch.of_base}
+
+
+def test_without_prior_preservation_weights_are_exactly_one():
+    weights = torch.cat([made(example(0), example(1)).batch(0, step, 0, 3).weights for step in range(5)])
+    assert (weights == 1).all()
+
+
+def test_wrong_priors_are_named():
+    with pytest.raises(ValueError, match="at least one of the style"):
+        Dataset([prior(0)], null())
+    with pytest.raises(ValueError, match="share of samples for prior preservation is 1"):
+        Dataset([example(0), prior(1)], null(), 0.0, 1.0)
+    with pytest.raises(ValueError, match="no text encoder"):
+        Dataset([example(0)], None, 0.1)
+    with pytest.raises(ValueError, match="role"):
+        Concept(role="priors")
+    with pytest.raises(ValueError, match="weight of pictures is 0"):
+        Concept(weight=0)

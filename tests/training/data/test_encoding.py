@@ -1,11 +1,13 @@
 import dataclasses
 import logging
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from stylewright.training.data.concepts import Concept
 from stylewright.training.data.encoding import encode
 from stylewright.training.data.items import items_from_memory, read_folder
 from stylewright.training.hosts.host import Host
@@ -76,7 +78,7 @@ def equal_examples(left, right):
 
 def test_what_comes_out_is_what_the_encoders_say():
     items = three_items()
-    dataset = encode(items, toy_host(), resolution=64, style_phrase="ink wash")
+    dataset = encode(items, toy_host(), resolution=64, style_phrase="ink wash", caption_dropout=0.1)
     assert [example.caption for example in dataset.examples] == [
         "a cat in ink wash style",
         "a dog in ink wash style",
@@ -93,7 +95,7 @@ def test_what_comes_out_is_what_the_encoders_say():
 def test_pictures_and_captions_are_encoded_once_and_alone():
     host = toy_host()
     encode(three_items(), host, resolution=64, style_phrase="ink wash")
-    assert host.encode_prompts.calls == [[""], ["a cat in ink wash style"], ["a dog in ink wash style"]]
+    assert host.encode_prompts.calls == [["a cat in ink wash style"], ["a dog in ink wash style"]]
     assert [tuple(pixels.shape) for pixels in host.encode_images.calls] == [(1, 3, 64, 64)] * 2 + [(1, 3, 48, 80)]
 
 
@@ -135,7 +137,9 @@ def test_everything_made_in_inference_mode_can_be_trained_with(tmp_path):
         with torch.inference_mode():
             images = torch.rand(2, 3, 64, 64)
             items = items_from_memory(images, ["a cat", "a dog"], torch.rand(2, 64, 64))
-            dataset = encode(items, toy_host(), resolution=64, style_phrase="ink", cache_dir=cache_dir)
+            dataset = encode(
+                items, toy_host(), resolution=64, style_phrase="ink", caption_dropout=0.1, cache_dir=cache_dir
+            )
         batch = dataset.batch(0, 0, 0, 2)
         weight = torch.ones((), requires_grad=True)
         loss = (weight * batch.latents * batch.mask).sum() + (weight * batch.conditioning["context"]).sum()
@@ -258,3 +262,84 @@ def test_no_items_and_no_room_are_errors():
         encode([], toy_host(), resolution=64, style_phrase="ink")
     with pytest.raises(ValueError, match="resolution 8"):
         encode(three_items(), toy_host(), resolution=8, style_phrase="ink")
+
+
+def with_concept(items, **said):
+    return [dataclasses.replace(item, concept=Concept(**said)) for item in items]
+
+
+def test_one_picture_at_several_sizes_is_several_examples_of_one_picture():
+    items = with_concept(three_items(), resolutions=(64, 32))
+    dataset = encode(items, toy_host(), resolution=48, style_phrase="ink")
+    sizes = [tuple(example.latent.shape[1:]) for example in dataset.examples]
+    assert sizes == [(8, 8), (4, 4), (8, 8), (4, 4), (6, 10), (4, 4)]
+    assert dataset.pictures == 3
+    # Every picture is seen equally often at each of its sizes.
+    sights = Counter(
+        (caption, tuple(batch.latents.shape[2:]))
+        for step in range(len(dataset))
+        for batch in [dataset.batch(0, step, 0, 1)]
+        for caption in batch.captions
+    )
+    assert sights["a dog in ink style", (8, 8)] == sights["a dog in ink style", (4, 4)] == 1
+    small = encode(items, toy_host(), resolution=48, style_phrase="ink").examples[1]
+    assert torch.equal(
+        small.latent, encode(three_items(), toy_host(), resolution=32, style_phrase="ink").examples[0].latent
+    )
+
+
+def test_concepts_have_their_own_words_sizes_and_modes():
+    cat, dog, other = three_items()
+    (cat,) = with_concept([cat], style_phrase="oil", resolutions=(32,))
+    (other,) = with_concept([other], caption_mode="plain", role="base", weight=0.5)
+    dataset = encode([cat, dog, other], toy_host(), resolution=64, style_phrase="ink", prior_share=0.25)
+    told = [(example.caption, example.latent.shape[1], example.role, example.weight) for example in dataset.examples]
+    assert told == [
+        ("a cat in oil style", 4, "style", 1.0),
+        ("a dog in ink style", 8, "style", 1.0),
+        ("a cat", 6, "base", 0.5),
+    ]
+    assert [str(share) for share in dataset.shares.values()] == ["3/4", "1/4"]
+
+
+def test_tags_are_seen_in_every_order_they_were_drawn_in():
+    items = items_from_memory(torch.rand(1, 3, 64, 64), "cat, red, small, old", concept=Concept(orders=4, keep=1))
+    first, again, other = (
+        encode(items, toy_host(), resolution=64, style_phrase="ink", seed=seed) for seed in (0, 0, 1)
+    )
+    (example,) = first.examples
+    texts = [example.caption, *(spelling.caption for spelling in example.others)]
+    assert texts[0] == "cat, red, small, old in ink style" and len(set(texts)) == 4
+    for text in texts:
+        tags = text.removesuffix(" in ink style").split(", ")
+        assert tags[0] == "cat" and sorted(tags) == ["cat", "old", "red", "small"]
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    seen = Counter(first.batch(0, step, 0, 1).captions[0] for step in range(400))
+    assert seen.keys() == set(texts)
+    assert all(abs(count - 100) < 40 for count in seen.values())  # standard deviation 9
+    batch = first.batch(0, 7, 0, 1)
+    row = hash_words(list(batch.captions))
+    assert torch.equal(batch.conditioning["context"], row["context"])
+    assert batch.captions == first.batch(0, 7, 0, 1).captions
+
+
+def test_orders_whose_encoding_has_another_shape_are_left_out():
+    def host(prompts):
+        rows = hash_words(prompts)
+        return rows if prompts[0].startswith("cat") else {**rows, "context": rows["context"].repeat(1, 2, 1)}
+
+    items = items_from_memory(torch.rand(1, 3, 64, 64), "cat, red, old", concept=Concept(orders=6))
+    (example,) = encode(items, toy_host(encode_prompts=host), resolution=64, style_phrase="ink").examples
+    assert {other.caption for other in example.others} == {"cat, old, red in ink style"}
+
+
+def test_a_run_without_caption_dropout_does_not_need_the_empty_prompt():
+    def refuse(prompts):
+        if prompts == [""]:
+            raise ValueError("no text encoder")
+        return hash_words(prompts)
+
+    host = toy_host(encode_prompts=refuse)
+    assert encode(three_items(), host, resolution=64, style_phrase="ink").null is None
+    with pytest.raises(ValueError, match="no text encoder"):
+        encode(three_items(), host, resolution=64, style_phrase="ink", caption_dropout=0.1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stylewright.training.data.concepts import Concept
 from stylewright.training.data.items import Item, check_pictures, items_from_memory, read_folder
 
 
@@ -26,10 +27,10 @@ def test_text_files_beside_pictures(folder):
     (folder / "._a.jpg").write_bytes(b"what macOS leaves behind")
     (folder / "notes.md").write_text("not a caption")
     picture(folder / "subfolder" / "c.png")
-    items = read_folder(folder, repeats=3, style_phrase="ink wash")
+    items = read_folder(folder, repeats=3, concept=Concept(style_phrase="ink wash"))
     assert [item.image.name for item in items] == ["a.jpg", "b.PNG"]
     assert [item.caption for item in items] == ["a cat", "a dog"]
-    assert {(item.repeats, item.style_phrase, item.mask) for item in items} == {(3, "ink wash", None)}
+    assert {(item.repeats, item.concept.style_phrase, item.mask) for item in items} == {(3, "ink wash", None)}
     assert items[0].name == str(folder / "a.jpg")
 
 
@@ -120,7 +121,9 @@ def test_unreadable_encodings_are_named(folder):
 
 def test_from_memory():
     images = torch.rand(2, 3, 5, 8)
-    items = items_from_memory(images, ["a cat", "a\ndog"], [None, torch.ones(5, 8)], repeats=2, style_phrase="ink")
+    items = items_from_memory(
+        images, ["a cat", "a\ndog"], [None, torch.ones(5, 8)], repeats=2, concept=Concept(style_phrase="ink")
+    )
     assert [item.caption for item in items] == ["a cat", "a dog"]
     assert [item.name for item in items] == ["picture 1", "picture 2"]
     assert items[0].mask is None and items[1].mask.shape == (5, 8)
