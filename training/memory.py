@@ -24,8 +24,13 @@ class Lap:
     """A piece of a measured run."""
 
     live: int  # bytes at its end
-    peak: int  # most bytes at once during it
+    trace: tuple[int, ...]  # bytes at its beginning, and after each operation
     flops: int  # of matrix products and convolutions
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once during it."""
+        return max(self.trace)
 
 
 class Footprint(TorchDispatchMode):
@@ -40,15 +45,15 @@ class Footprint(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.flops = 0
-        self._lap_peak = 0
+        self._trace = [0]
         self._lap_flops = 0
         self._device = device
         self._known: set[int] = set()  # keys of the storages that are counted, or that came from outside
 
     def lap(self) -> Lap:
         """What was since the last lap."""
-        lap = Lap(self.live, self._lap_peak, self.flops - self._lap_flops)
-        self._lap_peak, self._lap_flops = self.live, self.flops
+        lap = Lap(self.live, tuple(self._trace), self.flops - self._lap_flops)
+        self._trace, self._lap_flops = [self.live], self.flops
         return lap
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -60,7 +65,7 @@ class Footprint(TorchDispatchMode):
         for leaf in tree_leaves(result):
             self._see(leaf, counts=True)
         self.peak = max(self.peak, self.live)
-        self._lap_peak = max(self._lap_peak, self.live)
+        self._trace.append(self.live)
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
