@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bridge.board import serve_runs
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
@@ -21,6 +22,9 @@ NODES: tuple[type[io.ComfyNode], ...] = (
 
 class Stylewright(ComfyExtension):
     """What ComfyUI asks for our nodes."""
+
+    async def on_load(self) -> None:
+        serve_runs()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

@@ -6,8 +6,10 @@ from ..training.adapters.methods import AdapterConfig
 from ..training.densities import DensityConfig
 from ..training.loops.config import TrainConfig
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
+from .bridge.sampling import Brush
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, keeping, links, plain
+from .trainer_samples import sampling
 
 
 class StyleFriendlySNRTrainer(io.ComfyNode):
@@ -24,13 +26,18 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced(), *keeping()],
+            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling()],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
                 io.String.Output("path", tooltip="The adapter's file."),
+                io.Image.Output(
+                    "samples",
+                    tooltip="A labelled strip of sample pictures for each prompt: before, on the way, after. Without "
+                    "sample pictures, what is linked here is not run.",
+                ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -81,9 +88,18 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         resume: str = AUTOMATIC,
         save_intermediate: bool = False,
         keep_checkpoints: int = 3,
+        sample_sampler: str = "euler",
+        sample_scheduler: str = "simple",
+        sample_seed: int = 0,
+        sample_negative: str = "",
+        sample_width: int = 0,
+        sample_height: int = 0,
         density: StyleDensity | None = None,
     ) -> io.NodeOutput:
-        from .bridge.training import Job, Sockets, train_adapter  # half of the core, which nobody waits for at start-up
+        from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
+        from .bridge.previews import nothing_to_show
+        from .bridge.training import Job, Sockets, train_adapter
+        from .sample_strip import draw_strips
 
         patterns = tuple(line.strip() for line in target_patterns.splitlines() if line.strip())
         config = TrainConfig(
@@ -119,11 +135,12 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             dataset.caption_mode,
             config,
             file_name,
-            sample_steps,
-            sample_cfg,
+            Brush(sample_sampler, sample_scheduler, sample_steps, sample_cfg, sample_seed, sample_width, sample_height),
+            sample_negative,
             resume,
             save_intermediate,
             keep_checkpoints,
         )
-        trained = train_adapter(Sockets(model, clip, vae), job, cls.hidden.unique_id)
-        return io.NodeOutput(trained.tensors, {"loss": trained.losses}, str(trained.path))
+        trained = train_adapter(Sockets(model, clip, vae), job, address_of(cls.hidden))
+        strips = draw_strips(trained.samples, config.sample_prompts, steps) if trained.samples else nothing_to_show()
+        return io.NodeOutput(trained.tensors, {"loss": trained.losses}, str(trained.path), strips, ui=trained.ui)

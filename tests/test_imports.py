@@ -24,10 +24,12 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# ComfyUI's top-level modules. Absolute "nodes" and "utils" are its own, too: ours are imported relatively.
+# ComfyUI's top-level modules, and aiohttp, which its server is made of. Absolute "nodes" and "utils" are its own, too:
+# ours are imported relatively.
 COMFYUI = {
-    "alembic_db", "api_server", "app", "comfy", "comfy_aimdo", "comfy_api_nodes", "comfy_config", "comfy_execution",
-    "comfy_extras", "comfy_kitchen", "comfyui_version", "cuda_malloc", "execution", "folder_paths", "latent_preview",
+    "aiohttp", "alembic_db", "api_server", "app", "comfy", "comfy_aimdo", "comfy_api_nodes", "comfy_config",
+    "comfy_execution", "comfy_extras", "comfy_kitchen", "comfyui_version", "cuda_malloc",
+    "execution", "folder_paths", "latent_preview",
     "main", "middleware", "node_helpers", "nodes", "protocol", "server", "utils",
 }  # fmt: skip
 SCHEMA_API = {"comfy_api"}

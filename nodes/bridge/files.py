@@ -110,6 +110,11 @@ def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / RUNS
 
 
+def shown_subfolder(folder: Path) -> str:
+    """A folder below ComfyUI's output folder, as its /view takes it."""
+    return folder.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
 def require_writable(folder: Path) -> None:
     """Makes the folder. ValueError names it if it cannot be made or written to."""
     try:

@@ -1,56 +1,125 @@
-"""What a node shows while it works: a progress bar with pictures, and a line of text on itself."""
+"""What a node shows while it works: ComfyUI's progress bar, and the panel of the page."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
 import comfy.utils
-import latent_preview
-import torch
-from PIL import Image
-from torch import Tensor
+from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...training.hosts.host import Host
-from ...training.loops.events import Event
+from ...training.loops.checkpoint import RunDirectory
+from ...training.loops.events import Event, read_events
+from ...training.loops.samples import find_samples
+from .board import BOARD, UI, Address, RunState
+from .files import shown_subfolder
 from .session import raise_if_interrupted
 
-LARGEST = 512  # side of a preview in pixels
+MOST_PICTURES = 60  # steps whose pictures the panel lists
 
 
 class TrainingProgress:
     """Tells ComfyUI of a run, and the run of ComfyUI's interrupt."""
 
-    def __init__(self, steps: int, node_id: str | None) -> None:
-        self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self._node_id = node_id
+    def __init__(self, steps: int, address: Address | None) -> None:
+        """``address``: of the node; None outside a server, where there is nobody to tell."""
+        self._bar = comfy.utils.ProgressBar(steps, node_id=address.node_id if address else None)
+        self._state = RunState(address.node if address else "", address.workflow if address else None, steps)
+        self._told = address is not None
+        self._run: RunDirectory | None = None
+        self._prompts: Sequence[str] = ()
+        if self._told:
+            BOARD.open(self._state)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a run: says how it ended where something is raised."""
+        try:
+            yield
+        except comfy.model_management.InterruptProcessingException:
+            step = self._state.step
+            kept = f"Stopped after step {step}: what it has learned is saved. Queue again to continue." if step else ""
+            self._show("stopped", kept or "Stopped before the first step.")
+            raise
+        except Exception as error:
+            self._show("failed", str(error).splitlines()[0][:300] if str(error) else type(error).__name__)
+            raise
 
     def encoded(self, done: int, total: int) -> None:
         """A picture or caption of the dataset was encoded."""
-        show_text(self._node_id, f"encoding {done} of {total}")
+        self._show("preparing", f"encoding {done} of {total}", at_once=done == total)
         raise_if_interrupted()
+
+    def planned(self, sentence: str) -> None:
+        """What the run will need of memory."""
+        self._state.plan = sentence
+        self._show()
+
+    def noted(self, note: str) -> None:
+        """Something that the user should know and that does not stop the run."""
+        self._state.notes.append(note)
+        self._show()
+
+    def opened(self, run: RunDirectory, prompts: Sequence[str], window: float) -> None:
+        """Training begins. ``prompts`` of the sample pictures; ``window``: log_snr below which style is decided."""
+        self._run, self._prompts, self._state.window = run, prompts, window
+        self._show("preparing", "")
+
+    def drawing(self, step: int) -> None:
+        """Sample pictures are drawn after ``step``."""
+        self._show("drawing", "the pictures before training" if step == 0 else f"pictures of step {step}")
+        raise_if_interrupted()
+
+    def drawn(self, step: int) -> None:
+        """Sample pictures of ``step`` are in the run's folder."""
+        self._state.pictures = self._pictures(step)
+        self._show()
 
     def report(self, event: Event) -> None:
-        left = (event.steps - event.step) * event.seconds / max(1, event.step)
-        show_text(self._node_id, f"step {event.step} of {event.steps}, loss {event.loss:.4f}, {duration(left)} left")
-        self._bar.update_absolute(event.step, event.steps, None if event.images is None else preview(event.images))
+        state = self._state
+        if not state.points:  # of sessions before this one
+            self._recall(event.step - 1)
+        state.add(event)
+        if event.images is not None:
+            state.pictures = self._pictures(event.step)
+        self._show("training", "", at_once=event.images is not None or event.step == event.steps)
+        self._bar.update_absolute(event.step, event.steps)
         raise_if_interrupted()
 
+    def recalled(self, run: RunDirectory, prompts: Sequence[str], step: int) -> None:
+        """Nothing is trained: what the run was like up to ``step``."""
+        self._run, self._prompts = run, prompts
+        self._recall(step)
+
+    def _recall(self, step: int) -> None:
+        if self._run:
+            for event in read_events(self._run.events, step):
+                self._state.add(event)
+            self._state.pictures = self._pictures(step)
+
     def finished(self, text: str) -> None:
-        show_text(self._node_id, text)
+        self._show("finished", text)
 
+    def ui(self) -> dict[str, list] | None:
+        """For the node's ``ui`` output: what the panel shows at the end."""
+        return {UI: [self._state.whole()]} if self._told else None
 
-def duration(seconds: float) -> str:
-    """ "2:05" for 125 seconds, with hours where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    def _show(self, phase: str | None = None, text: str | None = None, *, at_once: bool = True) -> None:
+        self._state.phase = self._state.phase if phase is None else phase
+        self._state.text = self._state.text if text is None else text
+        if self._told:
+            BOARD.show(self._state, at_once=at_once)
 
-
-def preview(pictures: Tensor) -> tuple[str, Image.Image, int]:
-    """Pictures (b, 3, h, w) in [0, 1] side by side, in the form that ComfyUI's progress bar takes."""
-    row = torch.cat(list(pictures.clamp(0, 1)), 2)
-    return "JPEG", Image.fromarray((row * 255).round().byte().movedim(0, -1).cpu().numpy()), LARGEST * len(pictures)
+    def _pictures(self, until: int) -> dict:
+        """Where the page finds the sample pictures of this run so far."""
+        if not (self._told and self._run and self._prompts):
+            return {}
+        found = find_samples(self._run.samples, self._prompts, until=until)
+        steps = list(found) if len(found) <= MOST_PICTURES else [*list(found)[:1], *list(found)[1 - MOST_PICTURES :]]
+        return {
+            "subfolder": shown_subfolder(self._run.samples),
+            "prompts": list(self._prompts),
+            "steps": [[step, [path.name for path in found[step]]] for step in steps],
+        }
 
 
 def show_text(node_id: str | None, text: str) -> None:
@@ -62,37 +131,6 @@ def show_text(node_id: str | None, text: str) -> None:
     PromptServer.instance.send_progress_text(text, node_id)
 
 
-def decoder_for_previews(
-    model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, host: Host
-) -> Callable[[Tensor], Tensor]:
-    """Latents to pictures without pushing the model that is being trained out of the device's memory.
-
-    By the VAE where there is room for it beside the model, else by ComfyUI's linear approximation.
-    """
-
-    def decode(latents: Tensor) -> Tensor:
-        if _fits(vae, latents) or model.model.latent_format.latent_rgb_factors is None:
-            return host.decode_latents(latents)
-        return torch.cat([_approximate(model, latent[None]) for latent in latents])
-
-    return decode
-
-
-def _fits(vae: comfy.sd.VAE, latents: Tensor) -> bool:
-    """Whether ComfyUI can decode without unloading anything, by the sums that it does itself."""
-    device = vae.patcher.load_device
-    if comfy.model_management.is_device_cpu(device):
-        return True
-    working = vae.memory_used_decode(latents[:1].shape, vae.vae_dtype) + comfy.model_management.extra_reserved_memory()
-    weights = vae.patcher.model_size() - vae.patcher.loaded_size()
-    needed = 1.1 * weights + max(working, comfy.model_management.minimum_inference_memory())
-    return comfy.model_management.get_free_memory(device) > needed
-
-
-def _approximate(model: comfy.model_patcher.ModelPatcher, latent: Tensor) -> Tensor:
-    """A small picture (1, 3, h, w) in [0, 1] of a latent (1, c, h, w)."""
-    form = model.model.latent_format
-    previewer = latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
-    image = previewer.decode_latent_to_preview(latent.float())
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
-    return pixels.movedim(-1, 1).float() / 255
+def nothing_to_show() -> ExecutionBlocker:
+    """An output that has no value: what is linked to it is not run, and nothing is wrong."""
+    return ExecutionBlocker(None)

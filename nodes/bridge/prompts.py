@@ -35,6 +35,12 @@ class PromptTable:
         return self._answers[row]
 
 
+def conditioning_of(clip: comfy.sd.CLIP, prompt: str) -> list:
+    """The CONDITIONING that ComfyUI's CLIPTextEncode gives, of tensors that autograd accepts."""
+    answer = _encode(clip, prompt)
+    return [[answer.pop("cross_attn"), answer]]
+
+
 def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
     with torch.inference_mode():
         answers = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), show_pbar=False)

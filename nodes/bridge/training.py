@@ -17,22 +17,26 @@ from ...training.data.captions import styled
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
+from ...training.densities import style_window
 from ...training.errors import TrainingError
-from ...training.hosts.generate import generate
 from ...training.hosts.host import Host
 from ...training.loops.checkpoint import RunDirectory
 from ...training.loops.config import TrainConfig
 from ...training.loops.events import Event
+from ...training.loops.samples import find_samples
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
+from .board import Address
 from .families import latents_per_token, model_name
 from .files import adapter_pattern
 from .host import comfy_host
 from .identity import identity_of
-from .previews import TrainingProgress, decoder_for_previews
+from .previews import TrainingProgress
+from .prompts import conditioning_of
 from .publishing import publish, published, steps_of
 from .resuming import AUTOMATIC
 from .runs import Choice, Run, choose, clear_states, new_run, opened
+from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, training_session, without_float16
 
 logger = logging.getLogger(__name__)
@@ -58,8 +62,8 @@ class Job:
     caption_mode: str
     config: TrainConfig
     file_name: str  # pattern under models/loras
-    sample_steps: int
-    sample_cfg: float
+    brush: Brush  # of the sample pictures
+    negative: str = ""  # their negative prompt
     resume: str = AUTOMATIC  # one of RESUME
     save_intermediate: bool = False  # the adapter of every checkpoint goes to models/loras too
     keep_checkpoints: int = 3  # of finished runs, the newest that can be trained further
@@ -71,14 +75,22 @@ class TrainedAdapter:
     losses: list[float]  # mean of each optimizer step
     path: Path
     run: Path  # its folder
+    samples: dict[int, list[Path]]  # sample pictures by step, one a prompt; empty = none were asked for
+    ui: dict[str, list] | None  # for the node's ``ui`` output
 
 
-def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> TrainedAdapter:
+def train_adapter(sockets: Sockets, job: Job, address: Address | None = None) -> TrainedAdapter:
     """Trains, and saves the adapter under a free name. The model is afterwards what it was.
 
     A run of the same file name and options that is there is continued; a finished one is given back. An interrupt, or
     whatever else stops the run, leaves the adapter of the last complete step beside the others, and is raised again.
     """
+    progress = TrainingProgress(job.config.steps, address)
+    with progress.watched():
+        return _run(sockets, job, progress)
+
+
+def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapter:
     config, resolution = job.config, job.config.resolution
     assert resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
@@ -90,12 +102,11 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
     layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
     identity = identity_of(host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode)
     choice = choose(job.file_name, job.resume, config, identity)
-    progress = TrainingProgress(config.steps, node_id)
     if choice.notice:
         logger.info(choice.notice)
-        progress.finished(choice.notice)
+        progress.noted(choice.notice)
     if not choice.trains:
-        return _as_it_is(choice)
+        return _as_it_is(choice, config, progress)
     run = choice.run or new_run(job.file_name, filled)
     with opened(run) as directory:
         dataset = encode(
@@ -107,24 +118,26 @@ def train_adapter(sockets: Sockets, job: Job, node_id: str | None = None) -> Tra
             caption_dropout=config.caption_dropout,
             progress=progress.encoded,
         )
-        prompts = sample_prompts(config)
-        host.encode_prompts(prompts)  # now: loading the text encoder later could push the model out of memory
+        painter = painter_of(sockets, job, host, progress)
         latent = dataset.examples[0].latent
         memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
-        decode = decoder_for_previews(model, sockets.vae, host)
+        progress.opened(directory, config.sample_prompts, style_window(config.density, tokens_of(latent, model)))
         with training_session(model, memory_required=memory), _published_if_stopped(run):
             _try(host, dataset)
-            host = replace(host, decode_latents=decode)
-            result = _train(sockets, job, host, dataset, directory, identity, _reporter(run, job, progress))
+            if painter:
+                draw_before(painter, directory, config, progress)
+            report = _reporter(run, job, progress)
+            result = _train(sockets, job, host, dataset, directory, identity, report, painter)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
     clear_states(job.keep_checkpoints)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
-    progress.finished("\n".join([f"{result.steps_done} steps, saved {path.name}", *filter(None, [choice.notice])]))
-    return TrainedAdapter(read_tensors(path), result.losses, path, run.folder)
+    progress.finished(f"{result.steps_done} steps, saved {path.name}")
+    samples = find_samples(directory.samples, config.sample_prompts, until=config.steps)
+    return TrainedAdapter(read_tensors(path), result.losses, path, run.folder, samples, progress.ui())
 
 
-def _as_it_is(choice: Choice) -> TrainedAdapter:
+def _as_it_is(choice: Choice, config: TrainConfig, progress: TrainingProgress) -> TrainedAdapter:
     """The adapter of a run that is not trained now."""
     run, stored = choice.run, choice.stored
     assert run is not None and stored is not None, "there is one, or it would be trained"
@@ -132,7 +145,38 @@ def _as_it_is(choice: Choice) -> TrainedAdapter:
     if path is None:
         finished = stored.step == stored.config["steps"]
         path = publish(run.directory.adapter, run.stem, finished=finished)
-    return TrainedAdapter(read_tensors(path), run.directory.losses(), path, run.folder)
+    progress.recalled(run.directory, config.sample_prompts, stored.step)
+    progress.finished(f"{stored.step} steps, {path.name}")
+    samples = find_samples(run.directory.samples, config.sample_prompts, until=stored.step)
+    return TrainedAdapter(read_tensors(path), run.directory.losses(), path, run.folder, samples, progress.ui())
+
+
+def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgress) -> Painter | None:
+    """What draws the sample pictures, None where none are asked for. ValueError for a prompt that cannot be encoded.
+
+    Their prompts are encoded now: loading the text encoder later could push the model out of the device's memory.
+    """
+    if not (job.config.sample_every and job.config.sample_prompts):
+        return None
+    brush = job.brush.sized(host.resolution, host.pixels_per_token, host.name)
+    positives = [conditioning_of(sockets.clip, prompt) for prompt in sample_prompts(job.config)]
+    subject = Subject(positives, conditioning_of(sockets.clip, job.negative))
+    return Painter(sockets.model, sockets.vae, lambda: subject, brush, progress)
+
+
+def draw_before(painter: Painter, run: RunDirectory, config: TrainConfig, progress: TrainingProgress) -> None:
+    """The pictures of step 0, by the model without an adapter, where the run's folder has none yet."""
+    if 0 in find_samples(run.samples, config.sample_prompts, until=0):
+        return
+    pictures = painter(0)
+    if pictures is not None:
+        run.save_images(0, pictures, config.sample_prompts)
+        progress.drawn(0)
+
+
+def tokens_of(latent: Tensor, model: comfy.model_patcher.ModelPatcher) -> int:
+    """Image tokens of a latent (c, h, w)."""
+    return latent.shape[-2] * latent.shape[-1] // latents_per_token(model) ** 2
 
 
 def words_of(sockets: Sockets, config: TrainConfig) -> dict[str, str]:
@@ -169,21 +213,9 @@ def _train(
     run: RunDirectory,
     identity: Mapping[str, Any],
     report: Callable[[Event], None],
+    painter: Painter | None,
 ) -> TrainResult:
     config = job.config
-    prompts = sample_prompts(config)
-    side = host.resolution - host.resolution % host.pixels_per_token
-
-    def sample(step: int) -> Tensor:
-        return generate(
-            host,
-            prompts,
-            seed=config.seed,
-            steps=job.sample_steps,
-            guidance_scale=job.sample_cfg,
-            size=(side, side),
-        )
-
     return train(
         host.denoiser,
         dataset,
@@ -191,7 +223,7 @@ def _train(
         run_dir=run,
         report=report,
         check=raise_if_interrupted,
-        sample=sample if prompts else None,
+        sample=painter,
         device=host.device,
         latents_per_token=latents_per_token(sockets.model) ** 2,
         conditioning=host.training_conditioning,

@@ -14,7 +14,13 @@ pytestmark = pytest.mark.comfy
 
 RECORD = Path(__file__).with_name("schemas.json")
 LOCALE = Path(__file__).resolve().parents[2] / "locales" / "en" / "nodeDefs.json"
-FOLDERS = {("StyleDataset", "folder"), ("StyleLoRALoader", "lora_name")}  # options that are files
+# Options that are files, or what ComfyUI's version knows.
+OPEN = {
+    ("StyleDataset", "folder"),
+    ("StyleLoRALoader", "lora_name"),
+    ("StyleFriendlySNRTrainer", "sample_sampler"),
+    ("StyleFriendlySNRTrainer", "sample_scheduler"),
+}
 
 
 def nodes():
@@ -30,7 +36,7 @@ def record_of(name, info):
         for id in info["input_order"].get(group, []):
             kind, *rest = info["input"][group][id]
             options = {key: value for key, value in (rest[0] if rest else {}).items() if key != "tooltip"}
-            if (name, id) in FOLDERS:
+            if (name, id) in OPEN:
                 options["options"] = options["options"][:1]
             inputs[id] = {"group": group, "type": kind, **options}
     return {

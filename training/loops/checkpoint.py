@@ -14,7 +14,7 @@ a checkpoint that can be read. The checkpoint comes first and counts: what else 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..formats.metadata import AdapterMetadata, build_metadata
 from ..formats.state import load_state, save_state, write_atomically
 from ..formats.styles import Weights
 from .config import TrainConfig, config_from_table, config_to_table
+from .samples import save_samples
 from .tables import differences
 
 logger = logging.getLogger(__name__)
@@ -139,15 +140,10 @@ class RunDirectory:
         with _disk_errors(self.adapter):
             save_adapter(self.adapter, state, build_metadata(about), weights=weights)
 
-    def save_images(self, step: int, images: Tensor) -> None:
-        """Writes pictures (b, 3, h, w) in [0, 1] as PNG."""
-        from PIL import Image
-
+    def save_images(self, step: int, images: Tensor, prompts: Sequence[str] = ()) -> None:
+        """Writes pictures (b, 3, h, w) in [0, 1] as PNG, which name their prompts."""
         with _disk_errors(self.samples):
-            for index, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-                pixels = (image * 255).round().byte().movedim(0, -1).contiguous().numpy()
-                path = self.samples / f"step-{step:06d}-{index}.png"
-                write_atomically(path, lambda temporary, p=pixels: Image.fromarray(p).save(temporary, format="png"))
+            save_samples(self.samples, step, images, prompts)
 
 
 @contextmanager

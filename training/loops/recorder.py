@@ -60,7 +60,7 @@ class Recorder:
     def history(self) -> list[Event]:
         return list(self._log.events)
 
-    def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor] | None) -> None:
+    def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor | None] | None) -> None:
         """After a step: whatever is due of samples, the report, and the checkpoint."""
         step, config = self._learner.step, self._config
         due = sample if config.sample_every > 0 and (step % config.sample_every == 0 or step == config.steps) else None
@@ -74,11 +74,11 @@ class Recorder:
         if event is not None and report is not None:
             report(event)
 
-    def _draw(self, sample: Callable[[int], Tensor]) -> Tensor:
+    def _draw(self, sample: Callable[[int], Tensor | None]) -> Tensor | None:
         with self._learner.evaluated():
             images = sample(self._learner.step)
-        if self._run:
-            self._run.save_images(self._learner.step, images)
+        if self._run and images is not None:
+            self._run.save_images(self._learner.step, images, self._config.sample_prompts)
         return images
 
     def _event(self, images: Tensor | None = None) -> Event | None:

@@ -60,7 +60,7 @@ def train(
     run_dir: Path | RunDirectory | None,  # a folder, or one that is open already; None = nothing is kept on disk
     report: Callable[[Event], None] | None = None,  # what it raises stops the run, which is saved first
     check: Callable[[], None] | None = None,  # called before every batch; what it raises does the same
-    sample: Callable[[int], Tensor] | None = None,  # step -> pictures (b, 3, h, w) in [0, 1]
+    sample: Callable[[int], Tensor | None] | None = None,  # step -> pictures (b, 3, h, w) in [0, 1], or none
     device: torch.device | str = "cpu",
     latents_per_token: int = 4,  # positions of a latent to an image token
     conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too: FLUX-dev's guidance of 1

@@ -1,0 +1,188 @@
+// The panel on a trainer's node: how far it is, the loss, and the sample pictures. It knows nothing of ComfyUI.
+
+import { lossByLevel, lossCurve, number } from './charts.js'
+
+const CURVE = 120 // height of a chart in pixels; the curve takes what else there is
+const LEVELS = 96
+const THUMB = 104 // height of a sample picture
+const MOST_ROWS = 3 // of sample pictures before they scroll
+
+const STYLE = `
+.stylewright { --accent: #3d8fd1; --warm: #c9793f; color: var(--input-text, #ddd); font: 12px/1.35 system-ui, sans-serif;
+  display: flex; flex-direction: column; gap: 6px; padding: 8px; box-sizing: border-box; overflow: hidden;
+  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 8px;
+  user-select: none; font-variant-numeric: tabular-nums }
+.stylewright > * { flex: none } .stylewright .curve { flex: 1 0 ${CURVE}px }
+.stylewright .pale, .stylewright figcaption { color: var(--descrip-text, #999) }
+.stylewright .head { display: flex; gap: 8px; justify-content: space-between; white-space: nowrap }
+.stylewright .head b { font-weight: 600 } .stylewright .head .text { overflow: hidden; text-overflow: ellipsis; flex: 1 }
+.stylewright .bar-outer { height: 4px; border-radius: 2px; background: var(--border-color, #4e4e4e); overflow: hidden }
+.stylewright .bar-inner { height: 100%; background: var(--accent); transition: width .3s }
+.stylewright .figures { display: flex; flex-wrap: wrap; gap: 2px 14px }
+.stylewright .figures b { font-weight: 600; margin-left: 4px; color: var(--input-text, #ddd) }
+.stylewright .note { color: var(--warm) }
+.stylewright[data-phase=failed] .head b { color: var(--error-text, #ff4444) }
+.stylewright[data-phase=finished] .bar-inner { background: #4fa36a } .stylewright[data-phase=stopped] .bar-inner { background: var(--warm) }
+.stylewright figure { margin: 0; position: relative; min-height: 0; display: flex; flex-direction: column }
+.stylewright figure > div { flex: 1; min-height: 0; overflow: hidden } .stylewright svg { display: block }
+.stylewright .levels { height: ${LEVELS + 17}px }
+.stylewright .grid { stroke: var(--border-color, #4e4e4e); stroke-width: .5 }
+.stylewright .tick { fill: var(--descrip-text, #999); font-size: 10px } .stylewright .tick.accent { fill: var(--warm) }
+.stylewright .raw { fill: none; stroke: var(--accent); opacity: .32; stroke-linejoin: round }
+.stylewright .smooth { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round }
+.stylewright .dot, .stylewright .bar { fill: var(--accent) } .stylewright .window { fill: var(--warm); opacity: .13 }
+.stylewright .film { overflow: auto; display: grid; grid-auto-flow: column; justify-content: start; gap: 4px; scrollbar-width: thin }
+.stylewright .film > div { display: flex; flex-direction: column; gap: 4px; text-align: center }
+.stylewright .film > div:first-child { position: sticky; left: 0; background: var(--comfy-input-bg, #222); z-index: 1; padding-right: 2px }
+.stylewright .film img { height: ${THUMB}px; border-radius: 4px; display: block; cursor: zoom-in }
+`
+
+export class Panel {
+  /** `pictureUrl(subfolder, name, stamp)` is where a sample picture is found; `resized()` is told of another height. */
+  constructor({ pictureUrl, resized }) {
+    addStyle()
+    this.pictureUrl = pictureUrl
+    this.resized = resized
+    this.run = null
+    this.element = make('div', 'stylewright')
+    this.head = make('div', 'head')
+    this.progress = make('div', 'bar-outer')
+    this.progress.append(make('div', 'bar-inner'))
+    this.figures = make('div', 'figures pale')
+    this.words = make('div', 'pale')
+    this.curve = chart('curve', 'loss')
+    this.levels = chart('levels', 'loss by noise level (log-SNR: noise on the left)')
+    this.film = make('div', 'film')
+    this.element.append(this.head, this.progress, this.figures, this.words, this.curve, this.levels, this.film)
+    new ResizeObserver(() => this.drawCharts()).observe(this.element)
+  }
+
+  /** Shows a run: what the server says of it, with all points so far. */
+  show(run) {
+    const another = this.run?.pictures?.subfolder !== run.pictures?.subfolder
+    this.run = run
+    this.element.dataset.phase = run.phase
+    this.showWords()
+    if (another) this.film.replaceChildren()
+    this.showPictures()
+    const height = this.minHeight()
+    if (height !== this.height) this.resized((this.height = height))
+    this.drawCharts()
+  }
+
+  /** Pixels that the panel needs. */
+  minHeight() {
+    const run = this.run
+    if (!run) return 0
+    const lines = 1 + (run.plan ? 1 : 0) + run.notes.length
+    const charts = (run.points.length ? CURVE + 23 : 0) + (run.bins.length ? LEVELS + 23 : 0)
+    const rows = Math.min(MOST_ROWS, run.pictures?.prompts?.length ?? 0)
+    const film = run.pictures?.steps?.length ? rows * (THUMB + 4) + 36 : 0
+    return 18 + 22 + 10 + (run.points.length ? 22 : 0) + this.wordLines(lines) * 17 + charts + film
+  }
+
+  wordLines(lines) {
+    const written = this.words.offsetHeight
+    return written ? Math.round(written / 16) : this.words.childElementCount ? lines : 0
+  }
+
+  showWords() {
+    const { phase, text, step, steps, left, loss, seconds, learning_rate: rate, peak_bytes: peak } = this.run
+    const running = phase === 'training' || phase === 'drawing'
+    const title = make('b', '', phase[0].toUpperCase() + phase.slice(1))
+    const what = text || (running ? `step ${step} of ${steps}` : '')
+    const rest = running && left !== undefined ? `${duration(left)} left` : phase === 'finished' ? duration(seconds) : ''
+    const words = make('span', 'text pale', what)
+    words.title = what
+    this.head.replaceChildren(title, words, make('span', '', rest))
+    this.progress.firstChild.style.width = `${(100 * step) / Math.max(1, steps)}%`
+    const figures = { loss: loss === undefined ? '' : number(loss), step: `${step} / ${steps}` }
+    if (step > 0 && seconds !== undefined) figures['time per step'] = `${number(seconds / step)} s`
+    if (rate !== undefined) figures['learning rate'] = number(rate)
+    if (peak) figures['peak memory'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
+    this.figures.replaceChildren(...(loss === undefined ? [] : Object.entries(figures).map(figure)))
+    this.words.replaceChildren(
+      ...(this.run.plan ? [make('div', '', this.run.plan)] : []),
+      ...this.run.notes.map((note) => make('div', 'note', note))
+    )
+  }
+
+  drawCharts() {
+    const { points, bins, steps, window: styleWindow } = this.run ?? { points: [], bins: [] }
+    this.curve.hidden = !points.length
+    this.levels.hidden = !bins.length
+    if (points.length) draw(this.curve, (size) => lossCurve({ points, steps, ...size }))
+    if (bins.length) draw(this.levels, (size) => lossByLevel({ bins, window: styleWindow, ...size }))
+  }
+
+  /** Adds what is new: pictures that are shown already stay as they are. The newest come into sight. */
+  showPictures() {
+    const { subfolder, prompts = [], steps = [] } = this.run.pictures ?? {}
+    this.film.hidden = !steps.length
+    const shown = new Map([...this.film.children].map((column) => [column.dataset.key, column]))
+    const columns = steps.map(([step, stamp, names]) => {
+      const key = `${step}-${stamp}`
+      return shown.get(key) ?? this.column(key, step, prompts, names.map((name) => this.pictureUrl(subfolder, name, stamp)))
+    })
+    const news = columns.some((column) => !column.isConnected || column.parentElement !== this.film)
+    if (!news && columns.length === this.film.children.length) return
+    this.film.replaceChildren(...columns)
+    this.film.style.maxHeight = `${MOST_ROWS * (THUMB + 4) + 30}px`
+    requestAnimationFrame(() => (this.film.scrollLeft = this.film.scrollWidth))
+  }
+
+  column(key, step, prompts, urls) {
+    const column = make('div', '', '')
+    column.dataset.key = key
+    const images = urls.map((url, index) => {
+      const image = make('img')
+      Object.assign(image, { src: url, title: `${prompts[index]} (step ${step})`, draggable: false })
+      image.addEventListener('click', () => window.open(url, '_blank'))
+      image.addEventListener('load', () => (this.film.scrollLeft = this.film.scrollWidth), { once: true })
+      return image
+    })
+    column.append(make('div', 'pale', step === 0 ? 'before' : `step ${step}`), ...images)
+    return column
+  }
+}
+
+/** "2:05" for 125 seconds, with hours where there are any. */
+export function duration(seconds) {
+  const whole = Math.round(seconds ?? 0)
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60]
+  const pad = (value) => String(value).padStart(2, '0')
+  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`
+}
+
+function addStyle() {
+  if (document.getElementById('stylewright-panel')) return
+  const style = make('style', '', STYLE)
+  style.id = 'stylewright-panel'
+  document.head.append(style)
+}
+
+function make(tag, className = '', text = '') {
+  const element = document.createElement(tag)
+  element.className = className
+  element.textContent = text
+  return element
+}
+
+function chart(className, title) {
+  const figure = make('figure', className)
+  figure.append(make('figcaption', '', title), make('div'))
+  figure.hidden = true
+  return figure
+}
+
+function figure([name, value]) {
+  const span = make('span', '', name)
+  span.append(make('b', '', value))
+  return span
+}
+
+/** Replaces a chart's picture by one of its present size. */
+function draw(figure, picture) {
+  const { clientWidth: width, clientHeight: height } = figure.lastChild
+  if (width > 80 && height > 40) figure.lastChild.innerHTML = picture({ width, height })
+}
