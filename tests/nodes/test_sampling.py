@@ -96,11 +96,16 @@ def latents(monkeypatch):
     return kept
 
 
-def train(sockets, job):
+def train(sockets, job, **changes):
     from stylewright.nodes.bridge.training import train_adapter
 
     with torch.inference_mode():
-        return train_adapter(sockets, job)
+        return train_adapter(sockets, replace(job, **changes))
+
+
+def without_samples(sockets, job):
+    """The same training in a run of its own, with nothing drawn."""
+    return train(sockets, job, config=replace(job.config, sample_every=0), file_name="styles/quiet")
 
 
 def by_stock_nodes(sockets, lora, brush, negative, side=SIDE):
@@ -140,22 +145,23 @@ def test_the_last_sample_is_what_stock_nodes_draw_with_the_file(
 ):
     sockets = request.getfixturevalue(family)
     brush = replace(job.brush, sampler=sampler, scheduler=scheduler, cfg=cfg)
-    trained = train(sockets, replace(job, brush=brush, negative=NEGATIVE))
+    trained = train(sockets, job, brush=brush, negative=NEGATIVE)
     assert list(drawn) == [0, 2, 3]
     for step, ours, lora in (
         (0, latents[0], None),
         (3, latents[2], trained.path.relative_to(folders[0]).as_posix()),
     ):
         latent, picture = by_stock_nodes(sockets, lora, brush, NEGATIVE)
-        assert relative(ours, latent) < 1e-3
+        error = relative(ours, latent)
+        assert error < 1e-4
         assert (drawn[step] - picture).abs().max() < 1e-3
-    assert relative(latents[2], latents[0]) > 1e-2, "the adapter is not seen"
+    assert relative(latents[2], latents[0]) > max(1e-3, 20 * error), "the adapter is not seen"
 
 
 def test_drawing_loads_nothing_and_changes_nothing_that_is_learned(flux, job, folders, monkeypatch):
     import comfy.model_management
 
-    quiet = train(flux, replace(job, config=replace(job.config, sample_every=0)))
+    quiet = without_samples(flux, job)
     assert quiet.samples == {}
     requested, load = [], comfy.model_management.load_models_gpu
 
@@ -189,12 +195,12 @@ def test_drawing_loads_nothing_and_changes_nothing_that_is_learned(flux, job, fo
 def test_several_prompts_have_the_same_noise_and_their_own_size(flux, job, folders, drawn):
     brush = replace(job.brush, width=96, height=48)
     config = replace(job.config, sample_prompts=("tree", "tree in <v0> style", "house"))
-    trained = train(flux, replace(job, config=config, brush=brush))
+    trained = train(flux, job, config=config, brush=brush)
     assert drawn[3].shape == (3, 3, 48, 96)
     assert torch.equal(drawn[3][0], drawn[3][1]) and not torch.equal(drawn[3][0], drawn[3][2])
     assert [len(paths) for paths in trained.samples.values()] == [3, 3, 3]
     with pytest.raises(ValueError, match="multiples of 16"):
-        train(flux, replace(job, brush=replace(brush, width=100)))
+        train(flux, job, brush=replace(brush, width=100), file_name="styles/other")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no such kernel"), torch.OutOfMemoryError("out of memory")])
@@ -203,7 +209,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_training(error, flux, 
 
     notes = []
     monkeypatch.setattr(previews.TrainingProgress, "noted", lambda self, note: notes.append(note))
-    quiet = train(flux, replace(job, config=replace(job.config, sample_every=0)))
+    quiet = without_samples(flux, job)
 
     def fail(*args, **kwargs):
         raise error
@@ -247,11 +253,10 @@ def test_an_interrupt_while_drawing_is_an_interrupt(step, flux, job, folders, mo
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(flux, job)
     assert not comfy.model_management.in_training
-    partial = list(folders[0].rglob("*partial*"))
-    assert len(partial) == (1 if step else 0)
+    assert len(list(folders[0].rglob("*.safetensors"))) == (1 if step else 0)
     continued = train(flux, job)
     assert list(continued.samples) == ([0, 3] if step else [0, 2, 3])
-    straight = train(flux, replace(job, config=replace(job.config, sample_every=0)))
+    straight = without_samples(flux, job)
     assert all(torch.equal(continued.tensors[key], straight.tensors[key]) for key in straight.tensors)
 
 

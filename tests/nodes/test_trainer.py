@@ -59,7 +59,7 @@ def options(**changes):
 
 
 def run(embedded, dataset, **changes):
-    """The node's outputs, executed as ComfyUI's executor does."""
+    """The node's outputs but for the sample pictures, executed as ComfyUI's executor does."""
     from stylewright.nodes.trainer import StyleFriendlySNRTrainer
 
     class Node(StyleFriendlySNRTrainer):
@@ -67,7 +67,7 @@ def run(embedded, dataset, **changes):
 
     Node.hidden = type("Hidden", (), {"unique_id": None})
     with torch.inference_mode():
-        return Node.execute(embedded.model, embedded.clip, embedded.vae, dataset, **options(**changes)).args
+        return Node.execute(embedded.model, embedded.clip, embedded.vae, dataset, **options(**changes)).args[:3]
 
 
 def predict(model, clip):
