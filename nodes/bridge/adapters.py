@@ -20,6 +20,7 @@ from ...training.formats.metadata import NORM_KEY
 from ...training.formats.spelling import read_key
 from ...training.formats.styles import MERGED, styled
 from .families import OTHER, family_of, model_name
+from .frozen_layers import ComfyWeights
 
 
 class AdapterTensors(dict):
@@ -185,9 +186,12 @@ def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> 
 
 def weights_of(model: comfy.model_patcher.ModelPatcher) -> Callable[[str], Tensor]:
     """The weight of a layer by its name, in float32 on the CPU. What is loaded counts, patches included."""
+    weights = ComfyWeights(model.load_device)
 
     def weight(name: str) -> Tensor:
-        return model.model.diffusion_model.get_submodule(name).weight.detach().float().cpu()
+        layer = model.model.diffusion_model.get_submodule(name)
+        with torch.no_grad(), weights.dense(layer, torch.float32, layer.get_parameter("weight").device) as dense:
+            return dense.weight.detach().to("cpu", copy=True)
 
     return weight
 

@@ -7,7 +7,9 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...training.frozen import frozen_products
 from .differentiable import exchange_inference_tensors
+from .frozen_layers import ComfyWeights
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required
         exchange_inference_tensors(model.model)
         model.pre_run()
         stack.callback(model.cleanup)
+        stack.enter_context(frozen_products(model.model.diffusion_model, ComfyWeights(model.load_device)))
         yield
 
 

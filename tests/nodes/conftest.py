@@ -1,9 +1,16 @@
 """Tiny random models of every family, made by ComfyUI's own classes, and an embedded model of random weights."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Importable without a folder on sys.path.
+spec = importlib.util.spec_from_file_location("stored_models", Path(__file__).with_name("stored_models.py"))
+sys.modules["stored_models"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["stored_models"])
 
 # (class in comfy.supported_models, configuration, latent channels, context width, pooled width or None)
 TINY = {

@@ -30,17 +30,36 @@ def test_inference_tensors_are_exchanged_without_a_copy():
     assert x.grad is not None
 
 
-def test_a_subclass_that_hides_its_memory_is_copied():
+def test_a_subclass_is_exchanged_over_its_memory():
+    """As in GGUF: packed bytes with notes on them."""
     from stylewright.nodes.bridge.differentiable import ordinary
 
-    class Quantised(torch.Tensor):
+    class Packed(torch.Tensor):
         pass
 
     with torch.inference_mode():
-        tensor = torch.randn(2, 3).as_subclass(Quantised)
+        tensor = nn.Parameter(torch.arange(6, dtype=torch.uint8).as_subclass(Packed), requires_grad=False)
+        tensor.tensor_shape = (2, 3)
     alias = ordinary(tensor)
-    assert type(alias) is Quantised and not alias.is_inference()
-    assert torch.equal(alias.as_subclass(torch.Tensor), tensor.as_subclass(torch.Tensor).clone())
+    assert type(alias) is Packed and isinstance(alias, nn.Parameter) and not alias.is_inference()
+    assert alias.data_ptr() == tensor.data_ptr() and alias.tensor_shape == (2, 3)
+
+
+def test_a_quantised_tensor_is_exchanged_over_the_memory_of_its_parts():
+    from comfy.quant_ops import QuantizedTensor
+
+    from stylewright.nodes.bridge.differentiable import ordinary
+
+    with torch.inference_mode():
+        made = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreNVFP4Layout")
+        tensor = nn.Parameter(made, requires_grad=False)
+    alias = ordinary(tensor)
+    assert type(alias) is QuantizedTensor and isinstance(alias, nn.Parameter) and not alias.requires_grad
+    pairs = [(alias._qdata, tensor._qdata)]
+    pairs += [(getattr(alias._params, name), getattr(tensor._params, name)) for name in ("scale", "block_scale")]
+    for mine, theirs in pairs:
+        assert mine.data_ptr() == theirs.data_ptr() and theirs.is_inference() and not mine.is_inference()
+    assert torch.equal(alias.dequantize(), tensor.dequantize().clone())
 
 
 @pytest.mark.parametrize("fail", [False, True])

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..frozen import is_readable
 from ..randomness import generator
 from .low_rank import low_rank_products
-from .methods import AdapterConfig, check_layers, peft_config
+from .methods import READS_WEIGHTS, AdapterConfig, check_layers, peft_config
+from .stand_in import StandIn, needs_stand_in, stand_in
 from .targets import resolve_targets, target_patterns
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def attached(
     layer, or a model that carries a peft adapter already.
     """
     names = layers_to_adapt(module, config, family=family)
+    _refuse_unreadable(module, config, names)
     with _restored(module, names):
         layers = _inject(module, config, names)
         tensors = _tensors(module, layers)
@@ -125,6 +128,19 @@ def _refuse_adapted(module: nn.Module) -> None:
             )
 
 
+def _refuse_unreadable(module: nn.Module, config: AdapterConfig, names: list[str]) -> None:
+    if config.method not in READS_WEIGHTS:
+        return
+    for name in names:
+        layer = module.get_submodule(name)
+        if not is_readable(layer):
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            raise ValueError(
+                f"{config.method} needs the numbers of the weights, and those of the layer {name}, a {kind}, cannot be "
+                "read: choose lora, or load the model in another format"
+            )
+
+
 @contextmanager
 def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
     """Puts back the layers of these names, and every flag that peft sets on a model."""
@@ -151,12 +167,27 @@ def _inject(module: nn.Module, config: AdapterConfig, names: list[str]) -> dict[
     """Lets peft wrap the layers. What it draws for them is thrown away, and the global generators put back."""
     from peft import inject_adapter_in_model
 
+    shown = _stand_ins(module, names)
     with torch.random.fork_rng(_cuda_devices(module.parameters())):
         inject_adapter_in_model(peft_config(config, names), module)
     layers = {name: module.get_submodule(name) for name in names}
     for layer in layers.values():
         layer.eval()
+    for one in shown:  # only now: peft looks at weights several times when it wraps
+        one.shows_weights = config.method == "dora"
     return layers
+
+
+def _stand_ins(module: nn.Module, names: list[str]) -> list[StandIn]:
+    """Puts stand-ins in the place of the layers that peft does not know."""
+    shown = []
+    for name in names:
+        layer = module.get_submodule(name)
+        if needs_stand_in(layer):
+            shown.append(stand_in(layer))
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, shown[-1])
+    return shown
 
 
 def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"]) -> dict[str, nn.Parameter]:

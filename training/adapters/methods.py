@@ -1,9 +1,10 @@
 """The adapter methods: what a user says of one, and the peft configuration it means."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -51,14 +52,14 @@ class AdapterConfig:
         return self.rank if self.alpha is None else self.alpha
 
 
+READS_WEIGHTS = ("dora", "oft")  # needs the numbers of the frozen weights: to train, or to write files
 INITS = ("gaussian", "uniform")
 
 
 def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
-    """ValueError naming the first layer that is too small for the rank, or that the method cannot take."""
+    """ValueError naming the first layer that is too small for the rank, or whose inputs the method cannot divide."""
     for name, layer in layers.items():
-        weight = layer.get_parameter("weight")
-        outputs, inputs = weight.shape[0], weight[0].numel()
+        outputs, inputs = _sizes(layer)
         if config.rank > min(outputs, inputs):
             raise ValueError(
                 f"rank {config.rank} is larger than the smaller side of the layer {name}, "
@@ -69,11 +70,13 @@ def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None
                 f"oft rotates blocks of {config.rank} inputs, and the layer {name} has {inputs}: "
                 "choose a rank that divides it"
             )
-        if config.method == "dora" and weight.dtype.itemsize == 1:
-            raise ValueError(
-                f"dora needs the norms of the weights, and those of the layer {name} are {weight.dtype}: "
-                "load the model in bfloat16, or choose lora"
-            )
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Outputs and inputs of a layer, those of a convolution with its kernel. Weights do not tell: some are packed."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    return layer.out_features, layer.in_features
 
 
 def peft_config(config: AdapterConfig, names: list[str]) -> "PeftConfig":

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..frozen import is_multiplying
+
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 # Parts of names: of layers that steer or embed instead of mixing features, and of convolutions.
@@ -87,8 +89,7 @@ def target_patterns(family: str, targets: str | Iterable[str]) -> tuple[str, ...
 def resolve_targets(module: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Names of the layers that the patterns match, in the module's order.
 
-    ValueError if a pattern matches nothing (the message lists the layers that exist) or matches a layer of a class
-    that cannot be adapted.
+    ValueError if a pattern matches nothing: the message lists the layers that exist.
     """
     layers = {name: layer for name, layer in module.named_modules() if name and _multiplies(layer)}
     found: set[str] = set()
@@ -101,10 +102,7 @@ def resolve_targets(module: nn.Module, patterns: Iterable[str]) -> list[str]:
         if not matched:
             raise ValueError(f"the target pattern {pattern!r} matches no layer of this model: {_what_exists(layers)}")
         found |= matched
-    names = [name for name in layers if name in found]
-    for name in names:
-        _check_class(name, layers[name])
-    return names
+    return [name for name in layers if name in found]
 
 
 def grouped(names: Iterable[str]) -> list[str]:
@@ -121,16 +119,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _multiplies(layer: nn.Module) -> bool:
     """Linear and convolution layers, and what stands in for them when weights are quantised."""
-    return isinstance(layer, ADAPTABLE) or {"in_features", "out_features"} <= vars(layer).keys()
-
-
-def _check_class(name: str, layer: nn.Module) -> None:
-    if not isinstance(layer, ADAPTABLE):
-        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise ValueError(
-            f"the layer {name} is a {kind}, which cannot be adapted: expected torch.nn.Linear or a convolution. "
-            "Load the model in float32, float16, bfloat16 or plain float8 instead of a quantised form"
-        )
+    return isinstance(layer, ADAPTABLE) or (is_multiplying(layer) and not isinstance(layer, nn.Conv3d))
 
 
 def _what_exists(layers: Iterable[str]) -> str:

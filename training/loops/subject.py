@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.stand_in import base_weight
 from ..data.dataset import Dataset
 from ..denoiser import Denoiser
 from ..densities import Density
@@ -35,7 +36,7 @@ def subject_of(
 
     def weights(name: str) -> Tensor:
         adapted: Any = denoiser.module.get_submodule(name)  # peft's, around the layer
-        return adapted.get_base_layer().weight
+        return base_weight(adapted)
 
     pictures = dataset.pictures
     return Subject(

@@ -119,7 +119,6 @@ def test_settings_without_meaning_are_refused(settings, message):
         (AdapterConfig(rank=5), nn.Linear(4, 9), "choose at most 4"),
         (AdapterConfig(rank=19), nn.Conv2d(2, 30, 3), "has 18 inputs and 30 outputs"),
         (AdapterConfig("oft", rank=4), nn.Linear(10, 10), "blocks of 4 inputs, and the layer x.y has 10"),
-        (AdapterConfig("dora", rank=4), nn.Linear(8, 8).to(torch.float8_e4m3fn), "dora needs .* x.y are .*float8"),
     ],
 )
 def test_a_layer_that_does_not_fit_is_named(config, layer, message):

@@ -201,17 +201,23 @@ def test_an_unknown_family_gets_the_generic_presets():
     assert target_patterns("never heard of", ["to_q"]) == ("to_q",)
 
 
-def test_a_quantised_layer_is_refused_by_class():
+def test_a_quantised_layer_counts_by_its_sizes():
     class Linear8(nn.Module):
         def __init__(self):
             super().__init__()
             self.in_features, self.out_features = 2, 3
 
+    class Mlp(nn.Sequential):
+        """Says its sizes, too, and is no single product."""
+
+        def __init__(self):
+            super().__init__(nn.Linear(2, 3))
+            self.in_features, self.out_features = 2, 3
+
     model = tree(["blocks.0.to_q"])
     model.get_submodule("blocks.0").to_k = Linear8()
-    assert resolve_targets(model, ["to_q"]) == ["blocks.0.to_q"]
-    with pytest.raises(ValueError, match=r"blocks\.0\.to_k is a .*Linear8, which cannot be adapted"):
-        resolve_targets(model, ["to_[qk]"])
+    model.get_submodule("blocks.0").to_v = Mlp()
+    assert resolve_targets(model, ["to_[qkv]"]) == ["blocks.0.to_q", "blocks.0.to_k"]
 
 
 def test_every_family_has_the_default_and_the_widest_preset():
