@@ -1,12 +1,14 @@
 """A style adapter on a model, complete or with a message."""
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
 from ..training.data.captions import listed
 from .bridge.files import adapter_names, adapter_path
+from .lora_loader_inputs import ALL_LEVELS, GROUPS, strength_widgets, window_of
 from .sockets import LORA
 
 if TYPE_CHECKING:
@@ -25,8 +27,9 @@ class StyleLoRALoader(io.ComfyNode):
             display_name="Load Style LoRA",
             category="stylewright/model",
             description=(
-                "Puts an adapter on a model, from a file of any common tool or straight from a trainer, and gives its "
-                "style phrase. Refuses an adapter of another model family, and says which tensors found no place."
+                "Puts an adapter on a model, from a file of any common tool or straight from a trainer, says what it is "
+                "and gives its style phrase. With strengths by part of the model and by noise level. Refuses an adapter "
+                "of another model family, and says which tensors found no place."
             ),
             search_aliases=["load lora", "style lora", "apply lora", "adapter", "dora", "lokr", "loha"],
             inputs=[
@@ -56,6 +59,7 @@ class StyleLoRALoader(io.ComfyNode):
                 ),
                 LORA.Input("lora", optional=True, tooltip="An adapter from a trainer in this graph."),
                 io.Clip.Input("clip", optional=True, tooltip="Only for adapters that change the text encoder, too."),
+                *strength_widgets(),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model with the adapter on it."),
@@ -65,6 +69,7 @@ class StyleLoRALoader(io.ComfyNode):
                     tooltip="What the style is called in prompts, '{content} in {style phrase} style'. "
                     "Empty for files of other tools.",
                 ),
+                io.String.Output("info", tooltip="What the adapter is and how it was made, and how it acts here."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -86,9 +91,23 @@ class StyleLoRALoader(io.ComfyNode):
         strength_clip: float,
         lora: dict | None = None,
         clip: object = None,
+        early: float = 1.0,
+        middle: float = 1.0,
+        late: float = 1.0,
+        attention: float = 1.0,
+        mlp: float = 1.0,
+        group_strengths: str = "",
+        window: str = ALL_LEVELS,
+        window_low: float = -20.0,
+        window_high: float = -6.5,
+        window_edge: float = 0.0,
+        outside: float = 0.0,
     ) -> io.NodeOutput:
-        from .bridge.adapters import apply_adapter, read_tensors, with_origin  # the file formats: not at start-up
+        from ..training.adapters.groups import read_strengths
+        from ..training.formats.description import describe
+        from .bridge.adapters import Strengths, apply_adapter, read_tensors, with_origin  # not at start-up
         from .bridge.previews import show_text
+        from .bridge.windowed import sentence
 
         if (lora is None) == (lora_name == NO_FILE):
             raise ValueError(
@@ -96,11 +115,32 @@ class StyleLoRALoader(io.ComfyNode):
                 f"{'no' if lora is None else 'a'} linked one"
             )
         adapter = read_tensors(adapter_path(lora_name)) if lora is None else with_origin(lora)
-        applied = apply_adapter(model, clip, adapter, strength_model=strength_model, strength_clip=strength_clip)
+        sliders = dict(zip(GROUPS, (early, middle, late, attention, mlp), strict=True))
+        groups = {group: strength for group, strength in sliders.items() if strength != 1} | read_strengths(
+            group_strengths
+        )
+        levels = window_of(window, model, window_low, window_high, window_edge, outside)
+        strengths = Strengths(strength_model, strength_clip, groups, levels)
+        warn = _warner(adapter.name, cls.hidden.unique_id)
+        applied = apply_adapter(model, clip, adapter, strengths, warn=warn)
         message = report(adapter.name, applied)
         (logger.warning if applied.homeless or applied.missized else logger.info)(message)
-        show_text(cls.hidden.unique_id, message)
-        return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase)
+        lines = [message, *([] if levels is None else [sentence(model, levels)]), describe(adapter.file)]
+        info = "\n".join(lines)
+        show_text(cls.hidden.unique_id, info)
+        return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase, info)
+
+
+def _warner(name: str, node_id: str | None) -> Callable[[str], None]:
+    """Says in the log and on the node what turns out while sampling."""
+
+    def warn(text: str) -> None:
+        from .bridge.previews import show_text
+
+        logger.warning("%s: %s", name, text)
+        show_text(node_id, f"{name}: {text}")
+
+    return warn
 
 
 def report(name: str, applied: "Applied") -> str:
@@ -110,4 +150,6 @@ def report(name: str, applied: "Applied") -> str:
         text += f". {len(applied.missized)} layers have another size in this model: {listed(applied.missized)}"
     if applied.homeless:
         text += f". {len(applied.homeless)} tensors found no place: {listed(applied.homeless)}"
+    if applied.idle:
+        text += f". It has no layers in {listed(applied.idle)}, whose strength changes nothing"
     return text

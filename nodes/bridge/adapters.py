@@ -1,7 +1,7 @@
 """Adapters on a MODEL: what a file holds, where it fits, and what of it found no place."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.lora
@@ -13,14 +13,17 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
+from ...training.adapters.groups import groups_of, layer_strengths
 from ...training.data.captions import listed
 from ...training.formats.contents import AdapterFile, read_adapter, read_layers
 from ...training.formats.keys import FAMILIES, TEXT_ENCODER, UNET_LAYERS
 from ...training.formats.metadata import NORM_KEY
 from ...training.formats.spelling import read_key
 from ...training.formats.styles import MERGED, styled
+from ...training.windows import Window
 from .families import OTHER, family_of, model_name
 from .frozen_layers import ComfyWeights
+from .windowed import act_within
 
 
 class AdapterTensors(dict):
@@ -49,6 +52,17 @@ class Applied:
     layers: int  # that the adapter changes
     homeless: tuple[str, ...]  # tensors that found no place
     missized: tuple[str, ...]  # layers whose sizes are others than the adapter's
+    idle: tuple[str, ...]  # groups with a strength of their own, of which the adapter has no layer
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How much of an adapter, where, and at which noise levels."""
+
+    model: float = 1.0
+    clip: float = 1.0
+    groups: Mapping[str, float] = field(default_factory=dict)  # a factor by group or part of a name (adapters/groups)
+    window: Window | None = None  # None = at all noise levels, as patches of the weights
 
 
 def read_tensors(path: Path) -> AdapterTensors:
@@ -68,11 +82,14 @@ def apply_adapter(
     model: comfy.model_patcher.ModelPatcher,
     clip: comfy.sd.CLIP | None,
     lora: AdapterTensors,
+    strengths: Strengths,
     *,
-    strength_model: float,
-    strength_clip: float,
+    warn: Callable[[str], None],
 ) -> Applied:
-    """Clones with the adapter as patches. ValueError for one of another family, or of which nothing fits."""
+    """Clones with the adapter on them. ValueError for one of another family, or of which nothing fits.
+
+    ``warn`` takes what turns out while sampling.
+    """
     _refuse_foreign(model, lora)
     _refuse_non_finite(lora)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -87,13 +104,48 @@ def apply_adapter(
         wrong += missized(clip.cond_stage_model, fitted.patches)
     patches = {name: patch for name, patch in fitted.patches.items() if place_of(name) not in wrong}
     model = model.clone()
-    placed = set(model.add_patches(patches, strength_model))
+    groups = groups_of(layer_names(model))
+    factors = layer_strengths(groups, strengths.groups)
+    weights = {name: strengths.model * factors.get(layer_of(name), 1.0) for name in patches}
+    placed = _put(model, patches, weights, strengths.window, warn)
     if clip is not None:
         clip = clip.clone()
-        placed |= set(clip.add_patches(patches, strength_clip))
+        placed |= set(clip.add_patches(patches, strengths.clip))
     if not placed:
         raise ValueError(_nothing_fits(model, lora, wrong))
-    return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong))
+    adapted = {layer_of(name) for name in placed}
+    idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
+    return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle))
+
+
+def _put(
+    model: comfy.model_patcher.ModelPatcher,
+    patches: Mapping[str | tuple, object],
+    weights: Mapping[str | tuple, float],
+    window: Window | None,
+    warn: Callable[[str], None],
+) -> set[str | tuple]:
+    """Patches on a clone of ours, by strength. Gives those that belong there, those of strength 0 included."""
+    known = model.model.state_dict().keys()
+    here = {name: patch for name, patch in patches.items() if place_of(name) in known}
+    acting = {name: patch for name, patch in here.items() if weights[name]}
+    if window is not None and acting:
+        act_within(model, {name: (patch, weights[name]) for name, patch in acting.items()}, window, warn)
+    elif acting:
+        for strength in dict.fromkeys(weights[name] for name in acting):
+            model.add_patches({name: acting[name] for name in acting if weights[name] == strength}, strength)
+    return set(here)
+
+
+def layer_names(model: comfy.model_patcher.ModelPatcher) -> list[str]:
+    """Everything with a weight in the diffusion model, in its order."""
+    weights = model.model.diffusion_model.named_parameters()
+    return [name.removesuffix(".weight") for name, _ in weights if name.endswith(".weight")]
+
+
+def layer_of(name: str | tuple) -> str:
+    """The layer of the diffusion model that a patch is for; another module's keeps its whole name."""
+    return place_of(name).removeprefix("diffusion_model.").rpartition(".")[0]
 
 
 def _nothing_fits(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors, wrong: list[str]) -> str:
@@ -169,6 +221,9 @@ class ReadingRecord(dict):
     def __getitem__(self, key: str) -> Tensor:
         self.read.add(key)
         return super().__getitem__(key)
+
+    def get(self, key: str, default: Tensor | None = None) -> Tensor | None:  # how differences of weights are read
+        return self[key] if key in self else default
 
 
 def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:

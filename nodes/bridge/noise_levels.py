@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import comfy.model_patcher
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...training.noise import expand
+from ...training.noise import expand, log_snr_of_time
 
 # The classes that a model's ``model_sampling`` is mixed from, most special first: (process, prediction).
 TRAINABLE = {
@@ -39,6 +39,10 @@ class NoiseLevels:
             return torch.sigmoid(-log_snr.float() / 2)
         return torch.exp(-log_snr.float() / 2)
 
+    def log_snr(self, sigma: Tensor) -> Tensor:
+        """The inverse: log_snr (b,) of ComfyUI's sigma (b,), float32."""
+        return log_snr_of_time(sigma) if self.process == "flow" else -2 * sigma.float().log()
+
     def comfy_input(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Our x_t (b, c, ...) as ComfyUI's x at sigma (b,)."""
         if self.process == "flow":
@@ -51,7 +55,11 @@ def noise_levels(model: comfy.model_patcher.ModelPatcher) -> NoiseLevels:
 
     Raises ValueError for a model whose noise we cannot express.
     """
-    sampling = model.get_model_object("model_sampling")
+    return levels_of(model.get_model_object("model_sampling"))
+
+
+def levels_of(sampling: nn.Module) -> NoiseLevels:
+    """The same of a ``model_sampling``."""
     kinds = [kind.__name__ for kind in type(sampling).__mro__]
     foreign = [kind for kind in NO_NOISE_RELATION if kind in kinds]
     known = [kind for kind in TRAINABLE if kind in kinds]

@@ -139,6 +139,12 @@ def tiny_clip():
 
 
 @pytest.fixture
+def tiny_prompt():
+    """``tiny_prompt("flux", tokens, seed)`` makes a CONDITIONING."""
+    return tiny_conditioning
+
+
+@pytest.fixture
 def latent_channels():
     return {family: row[2] for family, row in TINY.items()}
 

@@ -15,14 +15,14 @@ def loras(tmp_path, monkeypatch):
     return tmp_path
 
 
-def load(model, name="[from the lora input]", lora=None, clip=None, strength=1.0):
+def load(model, name="[from the lora input]", lora=None, clip=None, strength=1.0, **widgets):
     from stylewright.nodes.lora_loader import StyleLoRALoader
 
     class Node(StyleLoRALoader):
         hidden = type("Hidden", (), {"unique_id": None})
 
     with torch.inference_mode():
-        return Node.execute(model, name, strength, 1.0, lora, clip).args
+        return Node.execute(model, name, strength, 1.0, lora, clip, **widgets).args[:3]
 
 
 def state_for(model, names, rank=2, seed=0):

@@ -161,12 +161,16 @@ def convert_adapter(
 
 def inspect_adapter(path: Path) -> AdapterReport:
     """What is in an adapter's file, of any style and tool."""
-    file = read_adapter(path)
+    return report_of(read_adapter(path))
+
+
+def report_of(file: AdapterFile) -> AdapterReport:
+    """The same of a file that is open already, or of which only the outline was read."""
     layers, about = file.layers, file.about
     method = Counter(layer.method for layer in layers.values()).most_common(1)[0][0]
     ranked = [layer for layer in layers.values() if layer.rank is not None]
     return AdapterReport(
-        path=str(path),
+        path=str(file.path),
         format_version=int(file.header["stylewright.format_version"]) if about else None,
         family=file.family,
         style=file.header.get(STYLE_KEY) or style_of(file.tensors),

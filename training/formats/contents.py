@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .keys import detect_family
@@ -31,6 +32,12 @@ _NEEDED: tuple[tuple[str, tuple[frozenset[str], ...], frozenset[str]], ...] = (
 )
 
 
+EXPECTED = "an adapter (LoRA, LoKr, LoHa or OFT)"
+# As headers of safetensors files spell them.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """What a file holds. Names of layers have dots and no prefix, in whichever layout the file has them."""
@@ -53,9 +60,26 @@ class AdapterFile:
 def read_adapter(path: Path) -> AdapterFile:
     """Opens an adapter's file of any style. ValueError names one that is truncated, foreign or of a newer version."""
     path = Path(path)
-    with opened(path, "an adapter (LoRA, LoKr, LoHa or OFT)") as file:
+    with opened(path, EXPECTED) as file:
         header = dict(file.metadata() or {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    return _contents(path, header, tensors)
+
+
+def read_outline(path: Path) -> AdapterFile:
+    """The same from a file's header: its tensors have shapes and types, and no values but those of the alphas."""
+    path = Path(path)
+    with opened(path, EXPECTED) as file:
+        header, tensors = dict(file.metadata() or {}), {}
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            entry = file.get_slice(key)
+            values = not entry.get_shape() or key.endswith(f".{ALPHA}")
+            dtype = _DTYPES.get(entry.get_dtype(), torch.uint8)
+            tensors[key] = file.get_tensor(key) if values else torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+    return _contents(path, header, tensors)
+
+
+def _contents(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterFile:
     about = read_metadata(header, str(path))
     layers, unknown = read_layers(tensors, about)
     if not layers:

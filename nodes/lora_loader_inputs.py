@@ -1,0 +1,109 @@
+"""The loader's strengths: by part of the model, and by noise level. Appended to its inputs, in this order for ever."""
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from ..training.windows import Window
+
+GROUPS = ("early", "middle", "late", "attention", "mlp")
+ALL_LEVELS, STYLE, CUSTOM = "all noise levels", "where style is made", "from window_low to window_high"
+WIDEST = 20.0  # in log_snr; a limit of the window that is as far out is none
+
+_MEANING = {
+    "early": "the first third of the model's blocks",
+    "middle": "the middle third of the model's blocks",
+    "late": "the last third of the model's blocks",
+    "attention": "the attention layers",
+    "mlp": "the MLP layers",
+}
+
+
+def strength_widgets() -> list[io.Input]:
+    """All of them, for a user who asks for more than one strength."""
+    return [
+        *(
+            io.Float.Input(
+                group,
+                default=1.0,
+                min=-10.0,
+                max=10.0,
+                step=0.05,
+                advanced=True,
+                tooltip=f"A factor on the strength of {_MEANING[group]}. A layer that is in several groups gets all of "
+                "their factors.",
+            )
+            for group in GROUPS
+        ),
+        io.String.Input(
+            "group_strengths",
+            default="",
+            multiline=True,
+            placeholder="text = 0.5\ndouble_blocks.0-7 = 0",
+            advanced=True,
+            tooltip="More factors, one line each: a group (text, image, cross, fused, modulation, convolution, other) or "
+            "a part of layers' names, where * stands for anything and 0-7 for these numbers.",
+        ),
+        io.Combo.Input(
+            "window",
+            options=[ALL_LEVELS, STYLE, CUSTOM],
+            default=ALL_LEVELS,
+            advanced=True,
+            tooltip="The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at 1024x1024, "
+            "as Style-Friendly SNR Sampler found.",
+        ),
+        io.Float.Input(
+            "window_low",
+            default=-WIDEST,
+            min=-WIDEST,
+            max=WIDEST,
+            step=0.1,
+            advanced=True,
+            tooltip="Of a window of your own: the noisiest level, in log_snr. -20 = no limit, from pure noise on.",
+        ),
+        io.Float.Input(
+            "window_high",
+            default=-6.5,
+            min=-WIDEST,
+            max=WIDEST,
+            step=0.1,
+            advanced=True,
+            tooltip="Of a window of your own: the cleanest level, in log_snr. 20 = no limit, down to the last step.",
+        ),
+        io.Float.Input(
+            "window_edge",
+            default=0.0,
+            min=0.0,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+            tooltip="Width in log_snr over which the adapter comes and goes at an end of the window. 0 = at once.",
+        ),
+        io.Float.Input(
+            "outside",
+            default=0.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            advanced=True,
+            tooltip="Share of the strength that is left outside of the window. 0 = the model as it is without the "
+            "adapter.",
+        ),
+    ]
+
+
+def window_of(choice: str, model: object, low: float, high: float, edge: float, outside: float) -> "Window | None":
+    """The window that these widgets state; None for all noise levels. ValueError for one without an inside."""
+    import math
+
+    from ..training.windows import Window, style_window
+    from .bridge.families import reference_tokens
+
+    if choice == ALL_LEVELS:
+        return None
+    if choice == STYLE:
+        stated = style_window(reference_tokens(model))
+        return Window(stated.low, stated.high, edge, outside, stated.reference_tokens)
+    low = -math.inf if low <= -WIDEST else low
+    return Window(low, math.inf if high >= WIDEST else high, edge, outside)
