@@ -27,9 +27,9 @@ class StyleLoRALoader(io.ComfyNode):
             display_name="Load Style LoRA",
             category="stylewright/model",
             description=(
-                "Puts an adapter on a model, from a file of any common tool or straight from a trainer, says what it is "
-                "and gives its style phrase. With strengths by part of the model and by noise level. Refuses an adapter "
-                "of another model family, and says which tensors found no place."
+                "Puts an adapter on a model, from a file of any common tool or straight from a trainer, says what it "
+                "is and gives its style phrase. With strengths by part of the model and by noise level. Refuses an "
+                "adapter of another model family, and says which tensors found no place."
             ),
             search_aliases=["load lora", "style lora", "apply lora", "adapter", "dora", "lokr", "loha"],
             inputs=[

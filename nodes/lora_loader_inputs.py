@@ -42,16 +42,16 @@ def strength_widgets() -> list[io.Input]:
             multiline=True,
             placeholder="text = 0.5\ndouble_blocks.0-7 = 0",
             advanced=True,
-            tooltip="More factors, one line each: a group (text, image, cross, fused, modulation, convolution, other) or "
-            "a part of layers' names, where * stands for anything and 0-7 for these numbers.",
+            tooltip="More factors, one line each: a group (text, image, cross, fused, modulation, convolution, other) "
+            "or a part of layers' names, where * stands for anything and 0-7 for these numbers.",
         ),
         io.Combo.Input(
             "window",
             options=[ALL_LEVELS, STYLE, CUSTOM],
             default=ALL_LEVELS,
             advanced=True,
-            tooltip="The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at 1024x1024, "
-            "as Style-Friendly SNR Sampler found.",
+            tooltip="The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at "
+            "1024x1024, as Style-Friendly SNR Sampler found.",
         ),
         io.Float.Input(
             "window_low",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -222,8 +223,11 @@ class ReadingRecord(dict):
         self.read.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Tensor | None = None) -> Tensor | None:  # how differences of weights are read
-        return self[key] if key in self else default
+    # Differences of weights are read so.
+    def get(self, key: str, default: Any = None, /) -> Any:  # ty: ignore[incompatible-method-override]
+        if key in self:
+            self.read.add(key)
+        return super().get(key, default)
 
 
 def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ sqrt(1 + sigma^2) inside, which is where its own, variance preserving, coordinat
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_patcher
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.noise import expand, log_snr_of_time
 
@@ -58,7 +59,7 @@ def noise_levels(model: comfy.model_patcher.ModelPatcher) -> NoiseLevels:
     return levels_of(model.get_model_object("model_sampling"))
 
 
-def levels_of(sampling: nn.Module) -> NoiseLevels:
+def levels_of(sampling: Any) -> NoiseLevels:
     """The same of a ``model_sampling``."""
     kinds = [kind.__name__ for kind in type(sampling).__mro__]
     foreign = [kind for kind in NO_NOISE_RELATION if kind in kinds]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import comfy.lora
 import comfy.model_patcher
@@ -17,7 +18,7 @@ from comfy.weight_adapter import (
     OFTAdapter,
     WeightAdapterBase,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.formats.layers import Layer
 from ...training.formats.spelling import read_alpha
@@ -59,7 +60,8 @@ class Unfit(ValueError):
 
 def place_of_patch(name: str | tuple) -> Place:
     """A key of ``add_patches``, taken apart. :class:`Unfit` for a part of a layer that is not some of its outputs."""
-    key, offset, function = (name, None, None) if isinstance(name, str) else (*name, None)[:3]
+    key: str = name if isinstance(name, str) else name[0]
+    offset, function = (None, None) if isinstance(name, str) else (*name[1:], None)[:2]
     layer, _, parameter = key.rpartition(".")
     if offset is not None and offset[0] != 0:
         raise Unfit(f"a part of the inputs of {layer} is meant")
@@ -71,7 +73,7 @@ class Site:
     """Where a term is to act, and how."""
 
     place: Place
-    layer: nn.Module
+    layer: Any  # a module
     strength: float
     base: Unpatched
     dtype: torch.dtype  # that the model computes in

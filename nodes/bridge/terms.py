@@ -6,6 +6,8 @@ computed from the adapter's own small factors. dW itself is formed only for LoHa
 convolutions, and only for the time of a call.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class Term(nn.Module):
 
     def beside(self, like: Tensor) -> dict[str, Tensor]:
         """The tensors in the type and on the device of ``like``, where they are unless the model was moved alone."""
-        found = {name: tensor.to(like.device, like.dtype) for name, tensor in self._parameters.items()}
+        found = {name: tensor.to(like.device, like.dtype) for name, tensor in self.named_parameters(recurse=False)}
         if torch.is_grad_enabled():
             found = {name: ordinary(tensor) if tensor.is_inference() else tensor for name, tensor in found.items()}
         return found
@@ -120,11 +122,12 @@ class Decomposed(Term):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         tensors = self.beside(y)
         ratio = across(tensors["ratio"], y, layer)
+        changed = (ratio - 1) * without_bias(tensors, y, layer)
         added = self.inner.after(layer, x, y)
-        return self.strength * ((ratio - 1) * without_bias(tensors, y, layer) + ratio * added)
+        return self.strength * (changed if added is None else changed + ratio * added)
 
 
-def multiply(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def multiply(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     """What a layer like this one, with another weight and no bias, makes of ``x``."""
     if not is_convolution(layer):
         return F.linear(x, weight.flatten(1))

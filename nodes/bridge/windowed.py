@@ -36,7 +36,8 @@ class WindowedAdapter:
         self._terms = terms
         self._per_token = per_token  # positions of a latent to an image token
         self._warn = warn
-        self._levels: tuple[nn.Module, NoiseLevels] | None = None
+        self._sampling: Any = None  # whose noise levels these are
+        self._levels: NoiseLevels | None = None
         self._judged: Tensor | None = None  # the sigmas of the last run of a sampler
         self._all_reached = False
 
@@ -53,11 +54,10 @@ class WindowedAdapter:
         self._check(reached)
         return answer
 
-    def _levels_of(self, model: nn.Module) -> NoiseLevels:
-        sampling = model.model_sampling
-        if self._levels is None or self._levels[0] is not sampling:
-            self._levels = sampling, levels_of(sampling)
-        return self._levels[1]
+    def _levels_of(self, model: Any) -> NoiseLevels:
+        if self._levels is None or self._sampling is not model.model_sampling:
+            self._sampling, self._levels = model.model_sampling, levels_of(model.model_sampling)
+        return self._levels
 
     def _judge(self, window: Window, levels: NoiseLevels, sigmas: Tensor | None) -> None:
         """Says so where no step of a sampler falls into the window; once for each run of it."""
@@ -176,7 +176,7 @@ class _Hook:
         return part
 
     def _add(self, to: Tensor, added: Tensor) -> Tensor:
-        if isinstance(self._strengths, float):
+        if not isinstance(self._strengths, Tensor):
             return torch.add(to, added, alpha=self._strengths)
         rows = self._strengths.to(to.device, to.dtype)
         if to.shape[0] % len(rows):

@@ -9,11 +9,11 @@ pytestmark = pytest.mark.comfy
 
 LAYERS = {
     "flux": ["double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1", "img_in"],
-    "sd3": ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj", "joint_blocks.1.x_block.mlp.fc1"],
-    "sdxl": ["input_blocks.1.0.in_layers.2", "middle_block.1.transformer_blocks.1.attn2.to_k", "middle_block.1.proj_in"],
+    "sd3": ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj", "x_embedder.proj"],
+    "sdxl": ["input_blocks.1.0.in_layers.2", "middle_block.1.transformer_blocks.1.attn2.to_k", "label_emb.0.0"],
     "sd15": ["input_blocks.1.0.in_layers.2", "input_blocks.2.0.op", "middle_block.1.transformer_blocks.0.attn1.to_q"],
     "pixart": ["blocks.0.attn.qkv", "blocks.1.cross_attn.kv_linear", "blocks.1.mlp.fc1"],
-    "qwen": ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.img_mlp.net.2"],
+    "qwen": [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.add_k_proj", "img_mlp.net.2")],
 }  # fmt: skip
 
 
@@ -85,8 +85,7 @@ def close(found, expected, base):
     assert (found - expected).norm() < 1e-3 * change
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize(("family", "cfg"), [*((family, 1.0) for family in LAYERS), ("flux", 3.0), ("sdxl", 3.0)])
 def test_a_full_window_is_the_plain_adapter_and_an_empty_one_the_base(family, cfg, tiny, sampler):
     model, draw = tiny(family), sampler(family)
     lora, levels = lora_of(model, LAYERS[family]), (-4.0, -1.0, 2.0)
@@ -97,20 +96,18 @@ def test_a_full_window_is_the_plain_adapter_and_an_empty_one_the_base(family, cf
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl"])
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize(("family", "name"), [("flux", "euler"), ("sdxl", "euler"), ("flux", "heun")])
 def test_the_noise_level_of_each_call_decides(family, name, tiny, sampler):
     """Noise above -2 in the window, and the rest of the steps outside of it."""
-    model, draw, seen = tiny(family), sampler(family), []
+    model, draw = tiny(family), sampler(family)
     lora = lora_of(model, LAYERS[family])
     patched, inside = apply(model, lora), apply(model, lora, window=window(high=-2.0))
-    for level in (-5.0, -2.5, -1.5, 3.0):
+    for level in (-2.5, -1.5):
         base, found = draw(model, (level,), sampler=name), draw(inside, (level,), sampler=name)
         if level < -2:
             close(found, draw(patched, (level,), sampler=name), base)
         else:
             assert torch.equal(found, base)
-        seen.append(found)
     run = draw(inside, (-4.0, -1.0, 2.0), sampler=name)
     assert not torch.equal(run, draw(model, (-4.0, -1.0, 2.0), sampler=name))
     assert not torch.equal(run, draw(patched, (-4.0, -1.0, 2.0), sampler=name))

@@ -73,9 +73,9 @@ def read_outline(path: Path) -> AdapterFile:
         header, tensors = dict(file.metadata() or {}), {}
         for key in file.keys():  # noqa: SIM118 - no mapping
             entry = file.get_slice(key)
-            values = not entry.get_shape() or key.endswith(f".{ALPHA}")
-            dtype = _DTYPES.get(entry.get_dtype(), torch.uint8)
-            tensors[key] = file.get_tensor(key) if values else torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+            shape, dtype = entry.get_shape(), _DTYPES.get(entry.get_dtype(), torch.uint8)
+            valued = not shape or key.endswith(f".{ALPHA}")
+            tensors[key] = file.get_tensor(key) if valued else torch.empty(shape, dtype=dtype, device="meta")
     return _contents(path, header, tensors)
 
 

@@ -33,7 +33,8 @@ def _what(report: AdapterReport) -> str:
 
 
 def _for(report: AdapterReport) -> str:
-    return f"for {report.family or 'a family that its names do not tell'}, names in the style of {report.style or 'none'}"
+    family = report.family or "a family that its names do not tell"
+    return f"for {family}" + (f", names in the style of {report.style}" if report.style else "")
 
 
 def _words(report: AdapterReport) -> Iterator[str]:
