@@ -29,7 +29,7 @@ def why_absent() -> str | None:
 def open_comfyui(base: Path, device: str) -> None:
     """Makes ComfyUI importable in this process, with ``base`` for its models, input and output."""
     for folder in ("input", "output", "temp", "user", "models/loras"):
-        (base / folder).mkdir(parents=True)
+        (base / folder).mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(comfyui_path()))
     flags = ["--cpu"] if device == "cpu" else []
     arguments, sys.argv = sys.argv, ["x", *flags, "--disable-all-custom-nodes", "--base-directory", str(base)]

@@ -197,10 +197,23 @@ def new_run(pattern: str, filled: str) -> Run:
         try:
             run.folder.mkdir()
         except FileExistsError:
-            number += 1
-            continue
+            if not _abandoned(run):
+                number += 1
+                continue
         run.write_record()
         return run
+
+
+def _abandoned(run: Run) -> bool:
+    """Whether the folder is one that a process was killed in before the first checkpoint."""
+    left = {path.name for path in run.folder.iterdir()}
+    if run.directory.checkpoint.name in left or (left and RECORD not in left):
+        return False
+    try:
+        with open_run(run.folder):
+            return True
+    except (TrainingError, ValueError):  # somebody is at work in it
+        return False
 
 
 @contextmanager

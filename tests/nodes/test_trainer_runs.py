@@ -424,6 +424,17 @@ def test_what_a_kill_left_half_copied_is_removed(train, folders):
     assert leftovers(folders) == [foreign]
 
 
+def test_a_kill_before_the_first_checkpoint_leaves_no_trace(train, folders):
+    (folders[1] / "mine_00001").mkdir(parents=True)
+    (folders[1] / "mine_00001" / "run.json").write_text('{"version": 1, "pattern": "mine", "adapter": "mine_00001"}')
+    (folders[1] / "mine_00001" / ".checkpoint.safetensors.123.tmp").write_bytes(b"half")
+    (folders[1] / "other_00001").mkdir()
+    (folders[1] / "other_00001" / "letter.txt").write_text("somebody's")
+    assert train(steps=1).path.name == "mine_00001_.safetensors"
+    assert train(steps=1, name="other").path.name == "other_00002_.safetensors"
+    assert not leftovers(folders)
+
+
 def test_a_disk_that_is_full_loses_nothing(train, folders, monkeypatch, straight, stopped):
     """The adapter so far cannot be published: the interrupt is what is raised, and the run goes on later."""
     import errno
