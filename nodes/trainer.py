@@ -4,11 +4,11 @@ from comfy_api.latest import io
 
 from ..training.adapters.methods import AdapterConfig
 from ..training.densities import DensityConfig
-from ..training.loops.config import TrainConfig
+from ..training.loops.config import MEMORY, TrainConfig
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, keeping, links, plain
+from .trainer_inputs import advanced, fitting, keeping, links, plain
 from .trainer_samples import sampling
 
 
@@ -26,7 +26,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling()],
+            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting()],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
@@ -94,6 +94,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         sample_negative: str = "",
         sample_width: int = 0,
         sample_height: int = 0,
+        memory: str = MEMORY[0],
         density: StyleDensity | None = None,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
@@ -118,6 +119,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             offset_noise=offset_noise,
             precision=precision,
             gradient_checkpointing=gradient_checkpointing,
+            memory=memory,
             seed=seed,
             style_phrase=dataset.style_phrase,
             resolution=dataset.resolution,

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS
 from ..training.adapters.targets import TARGETS
-from ..training.loops.config import PRECISIONS
+from ..training.loops.config import MEMORY, PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
@@ -107,7 +107,10 @@ def plain() -> list[io.Input]:
         io.Boolean.Input(
             "gradient_checkpointing",
             default=True,
-            tooltip="Computes activations twice instead of keeping them: far less memory, a third more time.",
+            tooltip=(
+                "Computes activations twice instead of keeping them: far less memory, a third more time. With the "
+                "memory input on automatic it is done for as many blocks as the device needs, which may be none."
+            ),
         ),
         io.String.Input(
             "file_name",
@@ -268,6 +271,25 @@ def keeping() -> list[io.Input]:
             tooltip=(
                 "How many finished runs can be trained further. Each checkpoint takes three to five times the space "
                 "of its adapter; of older ones it is deleted. Interrupted runs keep theirs."
+            ),
+        ),
+    ]
+
+
+def fitting() -> list[io.Input]:
+    """The widget of what is done to fit into the device's memory."""
+    return [
+        io.Combo.Input(
+            "memory",
+            options=list(MEMORY),
+            default=MEMORY[0],
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "automatic: a plan is made before training and shown. With gradient_checkpointing on, it recomputes "
+                "as few blocks as fit, then moves activations to CPU memory; then, either way, weights are streamed; "
+                "what does not fit is refused with what would. as set: gradient_checkpointing alone decides, for all "
+                "blocks. The adapter is the same bit for bit."
             ),
         ),
     ]

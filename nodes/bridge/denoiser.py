@@ -7,6 +7,7 @@ recovered: the loss belongs there, not on x0, whose error grows with the noise.
 
 import logging
 import uuid
+from collections.abc import Sequence
 
 import comfy.model_patcher
 import comfy.sampler_helpers
@@ -54,6 +55,10 @@ class ComfyDenoiser:
             answer = self._apply(x[group], sigma[group], conds)
             x0 = answer if len(group) == len(x) else x0.index_copy(0, torch.tensor(group, device=x.device), answer)
         return convert(x0, "x0", self.prediction, self.process, x_t, log_snr)
+
+    def longest(self, rows: Sequence[Conditioning]) -> Conditioning:
+        """Of rows (1, …), the one whose prompt has most tokens."""
+        return max(rows, key=lambda row: self._prompts.answer(int(row[PROMPT][0]))["cross_attn"].shape[1])
 
     def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}

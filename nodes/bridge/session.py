@@ -17,10 +17,11 @@ def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required
     """Inside, ``model`` is loaded with its patches applied, and gradients flow through its frozen weights.
 
     Nodes run in inference mode; ``in_training`` picks kernels that have a backward pass; the global generators are
-    put back, for other nodes draw from them. ``memory_required`` is in bytes, for what training adds.
+    put back, for other nodes draw from them. ``memory_required`` is in bytes, for what training adds: of the weights,
+    ComfyUI loads what fits beside it.
     """
     with torch.inference_mode():  # loading writes into weights that may be inference tensors
-        comfy.model_management.load_models_gpu([model], memory_required=memory_required, force_full_load=True)
+        comfy.model_management.load_models_gpu([model], memory_required=memory_required)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ...training.loops.checkpoint import RunDirectory
 from ...training.loops.config import TrainConfig
 from ...training.loops.events import Event
 from ...training.loops.samples import find_samples
+from ...training.loops.saving import Saving
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
 from .board import Address
@@ -31,18 +33,16 @@ from .families import latents_per_token, model_name
 from .files import adapter_pattern
 from .host import comfy_host
 from .identity import identity_of
+from .memory import Training, leave_device, train_within_memory
 from .previews import TrainingProgress
 from .prompts import conditioning_of
 from .publishing import publish, published, steps_of
 from .resuming import AUTOMATIC
 from .runs import Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
-from .session import raise_if_interrupted, training_session, without_float16
+from .session import raise_if_interrupted, without_float16
 
 logger = logging.getLogger(__name__)
-
-# A backward pass with checkpointing keeps a few times what sampling needs. ComfyUI makes that much room.
-MEMORY_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,18 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         )
         painter = painter_of(sockets, job, host, progress)
         latent = dataset.examples[0].latent
-        memory = MEMORY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
         progress.opened(directory, config.sample_prompts, style_window(config.density, tokens_of(latent, model)))
-        with training_session(model, memory_required=memory), _published_if_stopped(run):
-            _try(host, dataset)
+        leave_device(sockets.clip.patcher, sockets.vae.patcher)  # nothing needs them but sample pictures the VAE
+
+        def trains(saving: Saving) -> TrainResult:
             if painter:
                 draw_before(painter, directory, config, progress)
             report = _reporter(run, job, progress)
-            result = _train(sockets, job, host, dataset, directory, identity, report, painter)
+            return _train(sockets, job, host, dataset, directory, identity, report, painter, saving)
+
+        with _published_if_stopped(run):
+            training = Training(model, host, dataset, config, run.folder, progress)
+            result = train_within_memory(training, lambda: _try(host, dataset), trains)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
     clear_states(job.keep_checkpoints)
@@ -214,6 +218,7 @@ def _train(
     identity: Mapping[str, Any],
     report: Callable[[Event], None],
     painter: Painter | None,
+    saving: Saving,
 ) -> TrainResult:
     config = job.config
     return train(
@@ -223,14 +228,23 @@ def _train(
         run_dir=run,
         report=report,
         check=raise_if_interrupted,
-        sample=painter,
+        sample=painter and partial(_draw, painter, sockets.vae),
         device=host.device,
         latents_per_token=latents_per_token(sockets.model) ** 2,
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
         unet_layers=host.unet_layers,
         identity=identity,
+        saving=saving,
     )
+
+
+def _draw(painter: Painter, vae: comfy.sd.VAE, step: int) -> Tensor | None:
+    """Pictures, after which the VAE leaves the device again."""
+    try:
+        return painter(step)
+    finally:
+        leave_device(vae.patcher)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def options(**changes):
         "weighting": "none", "offset_noise": 0.0, "save_every": 0, "target_patterns": "",
         "resume": "automatic", "save_intermediate": False, "keep_checkpoints": 3,
         "sample_sampler": "euler", "sample_scheduler": "simple", "sample_seed": 0, "sample_negative": "",
-        "sample_width": 0, "sample_height": 0,
+        "sample_width": 0, "sample_height": 0, "memory": "automatic",
     }  # fmt: skip
     assert not changes.keys() - plain.keys()
     return plain | changes

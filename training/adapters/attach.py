@@ -86,7 +86,13 @@ class Adapter:
 
 @contextmanager
 def attached(
-    module: nn.Module, config: AdapterConfig, *, family: str, seed: int, dtype: torch.dtype = torch.float32
+    module: nn.Module,
+    config: AdapterConfig,
+    *,
+    family: str,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,  # where the layers compute; None = where their weights are
 ) -> Iterator[Adapter]:
     """Puts an adapter on ``module``, and takes it off without a trace.
 
@@ -102,7 +108,7 @@ def attached(
         layers = _inject(module, config, names)
         tensors = _tensors(module, layers)
         for name, tensor in tensors.items():
-            _initialise(name, tensor, config, generator(seed, "adapter", name), dtype)
+            _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
         for layer in layers.values():
             _measure_magnitudes(layer)
         with low_rank_products(layers.values()):
@@ -205,7 +211,12 @@ def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"]) -> dict[str
 
 @torch.no_grad()
 def _initialise(
-    name: str, tensor: nn.Parameter, config: AdapterConfig, source: torch.Generator, dtype: torch.dtype
+    name: str,
+    tensor: nn.Parameter,
+    config: AdapterConfig,
+    source: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> None:
     """peft's initial laws, drawn in float32 on the CPU whatever the model's type and device."""
     drawn = torch.zeros(tensor.shape)
@@ -214,7 +225,7 @@ def _initialise(
         drawn.normal_(std=1 / config.rank, generator=source)
     elif not parts & ZERO_AT_START:
         nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=source)
-    tensor.data = drawn.to(tensor.device, dtype)
+    tensor.data = drawn.to(device or tensor.device, dtype)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The course of one batch through a network, block by block: measured at small sizes, foretold at any.
 
-What a block keeps and makes is a polynomial of the batch b and the tokens n: constants of the network, b times
-constants (modulation), b n (activations) and b n² (scores of attention, where a kernel keeps them). So a few small
-passes tell it for the size that will be trained, and the level of memory at any place and any choice of blocks to
-recompute is a sum.
+What a block keeps and makes is a polynomial of the tokens n in each of the batch's pictures: a constant (modulation,
+text), n (activations) and n² (scores of attention, where a kernel keeps them). So a few small passes tell it for the
+size that will be trained, operation by operation, and the level of memory at any place and for any choice of blocks
+to recompute is a sum.
 """
 
 from collections.abc import Collection, Sequence
@@ -104,13 +104,12 @@ def foretold(points: Sequence[Point], batch: int, tokens: float) -> Course:
 
 
 def _terms(batch: int, tokens: float) -> Tensor:
-    return torch.tensor([batch * tokens, 1.0, batch * tokens**2, batch], dtype=torch.float64)
+    return torch.tensor([batch * tokens, batch, batch * tokens**2], dtype=torch.float64)
 
 
-def _known(points: Sequence[Point]) -> list[int]:
-    """Which terms so many points can tell apart. With one batch size a constant stands for batch times constant."""
-    sizes = len({point.tokens for point in points})
-    return [0, 1, 2][:sizes] + ([3] if sizes > 1 and len({point.batch for point in points}) > 1 else [])
+def _known(points: Sequence[Point]) -> slice:
+    """Which terms so many points can tell apart."""
+    return slice(len({point.tokens for point in points}))
 
 
 def peak(kept: Course, recomputed: Course, chosen: Collection[int], *, offload: bool = False) -> float:

@@ -122,8 +122,15 @@ def rehearsed(plan: Plan, survey: Survey, config: TrainConfig, rehearsal: Rehear
     flops = [survey.flops(config.batch_size, each, rehearsal.saving) for each in survey.areas]
     share = sum(flops) / len(flops) / max(survey.flops(config.batch_size, area, rehearsal.saving), 1.0)
     seconds = config.accumulation * rehearsal.seconds * share + survey.adapter.seconds
-    activations = plan.activations if rehearsal.bytes is None else rehearsal.bytes
-    return replace(plan, saving=rehearsal.saving, activations=activations, step_seconds=seconds, steps=config.steps)
+    most = max(rehearsal.bytes, _afterwards(survey, config))
+    return replace(plan, saving=rehearsal.saving, activations=most, step_seconds=seconds, steps=config.steps)
+
+
+def corrected(survey: Survey, config: TrainConfig, rehearsal: Rehearsal) -> Survey:
+    """The survey that would have foretold what the rehearsal took."""
+    area = survey.largest[0] * survey.largest[1]
+    foretold = survey.activations(config.batch_size, area, rehearsal.saving)
+    return replace(survey, correction=survey.correction * rehearsal.bytes / max(foretold, 1.0))
 
 
 def _settings(survey: Survey, config: TrainConfig, budget: Budget) -> Iterator[tuple[Saving, bool]]:
@@ -149,17 +156,21 @@ def _settings(survey: Survey, config: TrainConfig, budget: Budget) -> Iterator[t
 def _planned(
     survey: Survey, config: TrainConfig, budget: Budget, batch: int, area: float, saving: Saving, streaming: bool
 ) -> Plan:
-    cost = survey.adapter
-    resident = cost.resident(config)
-    gradients = 0 if config.accumulation > 1 else cost.weights
-    # When a step ends: the update itself, or the copies of which a checkpoint is made.
-    afterwards = gradients + max(cost.update, 2 * cost.weights)
-    most = max(survey.activations(batch, area, saving), afterwards)
-    plan = Plan(budget.model, resident, round(most), _whole(budget.available), saving, survey.blocks)
+    most = max(survey.activations(batch, area, saving), _afterwards(survey, config))
+    plan = Plan(
+        budget.model, survey.adapter.resident(config), round(most), _whole(budget.available), saving, survey.blocks
+    )
     if not streaming or plan.fits or budget.available is None:
         return plan
     missing = budget.model + MARGIN * plan.beyond_the_model - budget.available
     return replace(plan, streamed=round(min(missing, STREAMED * budget.model)))
+
+
+def _afterwards(survey: Survey, config: TrainConfig) -> int:
+    """Bytes when a step ends, on top of what lasts: of the update itself, or of copies that go into a checkpoint."""
+    cost = survey.adapter
+    gradients = 0 if config.accumulation > 1 else cost.weights
+    return gradients + max(cost.update, 2 * cost.weights)
 
 
 def _advice(survey: Survey, config: TrainConfig, budget: Budget) -> str:

@@ -9,8 +9,9 @@ import torch
 from ..adapters.attach import attached
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
+from ..frozen import frozen_products
 from .config import TrainConfig
-from .plan import Budget, Plan, choose, rehearsed
+from .plan import Budget, Plan, choose, corrected, rehearsed
 from .probe import Bench
 from .survey import Survey, rehearse, surveyed
 
@@ -46,21 +47,35 @@ class Planner:
         logger.info("%s", plan.sentence())
         return plan, survey
 
-    def rehearse(self, plan: Plan, survey: Survey) -> Plan:
-        """The plan with a whole batch's time and, where the device counts it, memory. A short run is not timed."""
+    def rehearse(self, plan: Plan, survey: Survey, budget: Budget) -> Plan:
+        """The plan with a whole batch's time and memory, or another one where that does not fit.
+
+        A short run is not rehearsed.
+        """
         config = self._config
         if not plan.fits or config.steps * config.accumulation < FEW_PASSES:
             return plan
+        shape = (config.batch_size, *survey.largest)
         with self._bench() as bench:
-            rehearsal = rehearse(bench, (config.batch_size, *survey.largest), plan.saving)
-        plan = rehearsed(plan, survey, config, rehearsal)
+            rehearsal = rehearse(bench, shape, plan.saving)
+            plan = rehearsed(plan, survey, config, rehearsal)
+            if not plan.fits:
+                survey = corrected(survey, config, rehearsal)
+                plan = choose(survey, config, budget)
+                if plan.fits:
+                    plan = rehearsed(plan, survey, config, rehearse(bench, shape, plan.saving))
         logger.info("%s", plan.sentence())
         return plan
 
     @contextmanager
     def _bench(self) -> Iterator[Bench]:
         config, denoiser, examples = self._config, self._denoiser, self._dataset.examples
-        with attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed) as adapter:
+        with (
+            frozen_products(denoiser.module),
+            attached(
+                denoiser.module, config.adapter, family=denoiser.family, seed=config.seed, device=self._device
+            ) as adapter,
+        ):
             yield Bench(
                 denoiser,
                 adapter,

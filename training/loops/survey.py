@@ -47,6 +47,7 @@ class Survey:
     largest: tuple[int, int]  # of the data's latents (h, w)
     areas: tuple[int, ...]  # latent positions of every picture
     blocks: int
+    correction: float = 1.0  # of foretold activations, by those of a rehearsal
 
     def courses(self, batch: int, area: float) -> tuple[Course, Course]:
         """A batch with everything kept, and with every block recomputed."""
@@ -59,13 +60,15 @@ class Survey:
         """Bytes at most beyond the model and what lasts of the adapter."""
         kept, recomputed = self.courses(batch, area)
         chosen = set(kept.places) if ALL in saving.recomputed else saving.recomputed
-        return peak(kept, recomputed, chosen, offload=saving.offload)
+        return self.correction * peak(kept, recomputed, chosen, offload=saving.offload)
 
     def flops(self, batch: int, area: float, saving: Saving) -> float:
         """Of both passes of a batch."""
-        kept, _ = self.courses(batch, area)
-        every = ALL in saving.recomputed
-        return kept.flops + sum(call.flops for call in kept.calls if every or call.place in saving.recomputed)
+        kept, recomputed = self.courses(batch, area)
+        every = sum(call.flops for call in kept.calls) or 1.0
+        chosen = sum(call.flops for call in kept.calls if ALL in saving.recomputed or call.place in saving.recomputed)
+        # Not every block is computed again to its end, and those before the first adapter not at all.
+        return kept.flops + (recomputed.flops - kept.flops) * chosen / every
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Rehearsal:
 
     saving: Saving
     seconds: float
-    bytes: int | None  # beyond what was there before; None where the device does not count
+    bytes: int  # beyond what was there before
 
 
 def surveyed(bench: Bench, dataset: Dataset, latents_per_token: int, room: float | None) -> Survey:
@@ -102,7 +105,8 @@ def surveyed(bench: Bench, dataset: Dataset, latents_per_token: int, room: float
 def probes(batch: int, largest: tuple[int, int], latents_per_token: int) -> list[tuple[int, int, int]]:
     """Sizes (b, h, w) to measure at: the size itself where that is small, else three of up to a sixteenth of it.
 
-    A fourth one has another batch size. Sides are multiples of four tokens, which every UNet can halve thrice.
+    Sides are multiples of four tokens, which every UNet can halve thrice. All have the batch size of the run: a batch
+    of one takes other operations.
     """
     unit = 4 * max(1, round(latents_per_token**0.5))
     if batch * largest[0] * largest[1] <= EASY**2 * latents_per_token:
@@ -110,7 +114,7 @@ def probes(batch: int, largest: tuple[int, int], latents_per_token: int) -> list
     side = int((largest[0] * largest[1]) ** 0.5) // unit
     most = max(3, side // 4)
     sides = [unit * max(1, most // 2), unit * max(2, 3 * most // 4), unit * most]
-    return [(1, side, side) for side in sides] + ([(2, sides[0], sides[0])] if batch > 1 else [])
+    return [(batch, side, side) for side in sides]
 
 
 def _expected(last: Point, shape: tuple[int, int, int]) -> float:
@@ -150,14 +154,10 @@ def rehearse(bench: Bench, shape: tuple[int, int, int], saving: Saving) -> Rehea
     cheaper = saving.cheaper(module)
     try:
         with gradients_put_back(bench), saving.applied(module, device):
-            run(bench, shape)  # kernels are loaded and chosen in the first pass
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            before, since = _allocated(device), now(device)
+            taken = _bytes_of_first(bench, shape)  # in which kernels are loaded and chosen, too
+            since = now(device)
             run(bench, shape)
-            seconds = now(device) - since
-            taken = None if before is None else torch.cuda.max_memory_allocated(device) - before
-            return Rehearsal(saving, seconds, taken)
+            return Rehearsal(saving, now(device) - since, taken)
     except (RuntimeError, MemoryError) as error:
         if cheaper is None or not is_out_of_memory(error):
             raise
@@ -169,8 +169,17 @@ def _largest(dataset: Dataset) -> tuple[int, int]:
     return latent.shape[-2], latent.shape[-1]
 
 
-def _allocated(device: torch.device) -> int | None:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+def _bytes_of_first(bench: Bench, shape: tuple[int, int, int]) -> int:
+    """Of one pass: as the allocator counts them, buffers of kernels included, or else as tensors."""
+    device = bench.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(bench, shape)
+        return torch.cuda.max_memory_allocated(device) - before
+    with Footprint(device) as cost:
+        run(bench, shape)
+    return cost.peak
 
 
 def now(device: torch.device) -> float:

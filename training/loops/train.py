@@ -84,7 +84,7 @@ def train(
         run = stack.enter_context(open_run(run_dir)) if isinstance(run_dir, Path) else run_dir
         stack.enter_context(frozen_products(denoiser.module))
         adapter = stack.enter_context(
-            attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed)
+            attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed, device=device)
         )
         stack.enter_context((saving or as_configured(config)).applied(denoiser.module, device))
         learner, meter = Learner(adapter, config), Meter()

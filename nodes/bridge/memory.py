@@ -1,0 +1,211 @@
+"""A run's memory inside ComfyUI: what leaves the device, what ComfyUI may load, and what happens when it runs out.
+
+ComfyUI decides where weights are: by its flags (--highvram, --lowvram, --novram, --cpu), its partial loading and its
+dynamic VRAM. It is told how much room training needs beside them, and it streams what does not fit.
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.model_patcher
+import torch
+
+from ...training.data.dataset import Dataset
+from ...training.denoiser import Conditioning
+from ...training.errors import TrainingError
+from ...training.hosts.host import Host
+from ...training.loops.config import TrainConfig
+from ...training.loops.plan import MARGIN, Budget, DoesNotFit, Plan, size
+from ...training.loops.planner import Planner
+from ...training.loops.saving import Saving
+from ...training.loops.survey import Survey
+from ...training.loops.train import TrainResult
+from ...training.memory import is_out_of_memory
+from .denoiser import ComfyDenoiser
+from .families import latents_per_token
+from .previews import TrainingProgress
+from .session import training_session
+
+logger = logging.getLogger(__name__)
+
+# Of what sampling needs, for the small passes of a survey with everything kept.
+SURVEY_FACTOR = 4
+RETRY_FACTOR = 1.5  # of the planned room, after it proved too small
+
+Patcher = comfy.model_patcher.ModelPatcher
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is to be planned and trained."""
+
+    model: Patcher
+    host: Host
+    dataset: Dataset
+    config: TrainConfig
+    folder: Path
+    progress: TrainingProgress
+
+
+def train_within_memory(
+    training: Training, check: Callable[[], None], train: Callable[[Saving], TrainResult]
+) -> TrainResult:
+    """Plans, then calls ``train`` with the plan's setting inside a training session.
+
+    ``check`` is called first, in a session too. Where memory runs out all the same, the next cheaper setting is tried
+    once, from the last complete step on. DoesNotFit where no setting would do; TrainingError where both failed.
+    """
+    planner, plan, survey, budget = _planned(training, check)
+
+    def attempt(plan: Plan, room: float) -> TrainResult:
+        with training_session(training.model, memory_required=room):
+            plan = planner.rehearse(plan, survey, budget)
+            _announce(training, plan)
+            before = _start_counting(training.model)
+            result = train(plan.saving)
+            _compare(training.model, plan, before)
+            return result
+
+    try:
+        return attempt(plan, MARGIN * plan.beyond_the_model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = str(error).splitlines()[0]
+    cheaper = _after(plan, training, failure)
+    free_memory()
+    try:
+        return attempt(cheaper, RETRY_FACTOR * plan.beyond_the_model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"there was not enough memory, with {plan.saving.describe(plan.blocks)} and then with "
+            f"{cheaper.saving.describe(plan.blocks)} ({failure}). A smaller batch_size, resolution or rank needs less; "
+            "what was trained so far is kept, and the run can be continued"
+        ) from error
+
+
+def _planned(training: Training, check: Callable[[], None]) -> tuple[Planner, Plan, Survey, Budget]:
+    model, host, config = training.model, training.host, training.config
+    planner = Planner(
+        host.denoiser,
+        training.dataset,
+        config,
+        device=host.device,
+        latents_per_token=latents_per_token(model) ** 2,
+        conditioning=host.training_conditioning,
+        longest=_longest(training),
+    )
+    latent = training.dataset.examples[0].latent
+    room = SURVEY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
+    with training_session(model, memory_required=room):
+        check()
+        training.progress.planned("plan: a few small passes are measured")
+        budget = budget_of(model)
+        plan, survey = planner.survey(budget)
+    if not plan.fits and config.memory == "automatic":
+        plan.to_file(training.folder / "plan.json")
+        raise DoesNotFit(f"{plan.sentence()}. (memory 'as set' trains all the same.)")
+    return planner, plan, survey, budget
+
+
+def _longest(training: Training) -> Conditioning:
+    """The row of the prompt with most tokens."""
+    denoiser = training.host.denoiser
+    assert isinstance(denoiser, ComfyDenoiser)
+    return denoiser.longest([example.conditioning for example in training.dataset.examples])
+
+
+def _announce(training: Training, plan: Plan) -> None:
+    if not plan.fits:
+        logger.warning("%s", plan.sentence())
+    plan.to_file(training.folder / "plan.json")
+    training.progress.planned(plan.sentence())
+
+
+def _after(plan: Plan, training: Training, failure: str) -> Plan:
+    """The plan of a second attempt, once memory has run out. Told on the node and in the log."""
+    saving = plan.saving.cheaper(training.host.denoiser.module)
+    if saving is not None and saving.offload and management.is_device_cpu(training.model.load_device):
+        saving = None
+    if saving is None and not may_stream(training.model):
+        raise TrainingError(
+            f"there was not enough memory with {plan.saving.describe(plan.blocks)}, and nothing is left to save "
+            f"({failure}). A smaller batch_size, resolution or rank needs less; what was trained so far is kept, and "
+            "the run can be continued"
+        )
+    cheaper = replace(plan, saving=saving or plan.saving)
+    text = (
+        f"memory ran out ({failure}) with {plan.saving.describe(plan.blocks)}; continues with "
+        f"{cheaper.saving.describe(plan.blocks)}"
+    )
+    logger.warning("%s", text)
+    training.progress.noted(text)
+    return cheaper
+
+
+def budget_of(model: Patcher) -> Budget:
+    """What there is for a run on the model's device: all but what ComfyUI keeps for others.
+
+    Called while the model is loaded; other loaded models count as free, because ComfyUI unloads them on demand.
+    """
+    device = model.load_device
+    on_cpu = management.is_device_cpu(device)
+    weights = model.model_size() if not _never_loads(device) else model.loaded_size()
+    available = management.get_free_memory(device) - (0 if on_cpu else management.extra_reserved_memory())
+    if on_cpu:
+        available += weights  # they are in the same memory already
+    else:
+        loaded = [each.model for each in management.current_loaded_models if each.device == device]
+        available += sum(patcher.loaded_size() for patcher in loaded if patcher is not None)
+    return Budget(int(weights), available, may_stream=may_stream(model), may_offload=not on_cpu)
+
+
+def may_stream(model: Patcher) -> bool:
+    """Whether ComfyUI may keep weights in CPU memory and move them for each call."""
+    if management.is_device_cpu(model.load_device):
+        return False
+    return management.vram_state in (management.VRAMState.NORMAL_VRAM, management.VRAMState.LOW_VRAM)
+
+
+def _never_loads(device: torch.device) -> bool:
+    return not management.is_device_cpu(device) and management.vram_state == management.VRAMState.NO_VRAM
+
+
+def leave_device(*patchers: Patcher) -> None:
+    """Models go to CPU memory, as ComfyUI itself unloads them; it loads them again when they are asked for."""
+    for device in {patcher.load_device for patcher in patchers}:
+        if management.is_device_cpu(device):
+            continue
+        others = [
+            loaded
+            for loaded in management.current_loaded_models
+            if loaded.model is not None and not any(loaded.model.is_clone(patcher) for patcher in patchers)
+        ]
+        with torch.inference_mode():  # their weights may be inference tensors
+            management.free_memory(1e30, device, keep_loaded=others)
+
+
+def free_memory() -> None:
+    """Gives back what an attempt has left in caches and cycles."""
+    gc.collect()
+    management.soft_empty_cache()
+
+
+def _start_counting(model: Patcher) -> int:
+    """Bytes on the device now; its peak is counted from here on. 0 where the device does not count."""
+    if model.load_device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(model.load_device)
+    return torch.cuda.memory_allocated(model.load_device)
+
+
+def _compare(model: Patcher, plan: Plan, before: int) -> None:
+    if model.load_device.type == "cuda":
+        taken = torch.cuda.max_memory_allocated(model.load_device) - before
+        logger.info("memory beyond the model: %s were planned, %s were taken", size(plan.beyond_the_model), size(taken))
