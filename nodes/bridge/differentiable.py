@@ -2,8 +2,10 @@
 
 Nodes run inside ``torch.inference_mode``, so what a loader node made are inference tensors: "Inference tensors
 cannot be saved for backward". The storage under such a tensor knows nothing of that mode, so a new tensor over
-the same memory is an ordinary one: no copy, not even of one weight. A quantised weight is such a tensor in each of its
-parts.
+the same memory is an ordinary one: no copy, not even of one weight.
+
+Quantised weights stay as they are: they are no memory but objects around several tensors, and what is moved in
+inference mode later must have been made in it. Nothing saves them, see :mod:`...training.frozen`.
 """
 
 from typing import Any
@@ -25,7 +27,7 @@ def exchange_inference_tensors(module: nn.Module) -> int:
         tables: list[Any] = [part._parameters, part._buffers, vars(part)]
         for tensors in tables:
             for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor) and tensor.is_inference():
+                if isinstance(tensor, Tensor) and tensor.is_inference() and not is_traceable_wrapper_subclass(tensor):
                     tensors[name] = ordinary(tensor)
                     exchanged += 1
     return exchanged
@@ -33,27 +35,11 @@ def exchange_inference_tensors(module: nn.Module) -> int:
 
 def ordinary(tensor: Tensor) -> Tensor:
     """The same values as an ordinary tensor of the same memory."""
-    alias = _of_parts(tensor) if is_traceable_wrapper_subclass(tensor) else _of_storage(tensor)
-    notes = {name: note for name, note in vars(tensor).items() if name not in vars(alias)}  # ComfyUI's, on weights
-    vars(alias).update(notes)
-    return alias
-
-
-def _of_storage(tensor: Tensor) -> Tensor:
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    if type(tensor) in (Tensor, nn.Parameter):
-        return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
-    return alias.as_subclass(type(tensor))  # packed bytes with notes on them, as in GGUF
-
-
-def _of_parts(tensor: Any) -> Tensor:
-    """A wrapper around several tensors, as ComfyUI's quantised weights are: parts, and a recipe to put them together.
-
-    What makes a parameter of such a tensor is a note on it, and copied with the others: nn.Parameter copies parts.
-    """
-    names, recipe = tensor.__tensor_flatten__()
-    parts = {name: ordinary(getattr(tensor, name)) for name in names}
-    alias = type(tensor).__tensor_unflatten__(parts, recipe, tensor.size(), tensor.stride())
-    vars(alias).update(parts)
+    if type(tensor) not in (Tensor, nn.Parameter):  # packed bytes with notes on them, as in GGUF
+        alias = alias.as_subclass(type(tensor))
+    if isinstance(tensor, nn.Parameter):
+        alias = nn.Parameter(alias, requires_grad=False)
+    vars(alias).update(vars(tensor))  # ComfyUI notes dtypes on its weights
     return alias

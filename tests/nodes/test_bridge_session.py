@@ -1,5 +1,7 @@
 """What a training session changes in ComfyUI, and that it puts it back."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -45,21 +47,34 @@ def test_a_subclass_is_exchanged_over_its_memory():
     assert alias.data_ptr() == tensor.data_ptr() and alias.tensor_shape == (2, 3)
 
 
-def test_a_quantised_tensor_is_exchanged_over_the_memory_of_its_parts():
-    from comfy.quant_ops import QuantizedTensor
+def test_a_quantised_weight_stays_and_is_trained_through():
+    """It could not be moved in inference mode any more, had it been made anew outside."""
+    import comfy.ops
 
-    from stylewright.nodes.bridge.differentiable import ordinary
+    from stylewright.nodes.bridge.differentiable import exchange_inference_tensors
+    from stylewright.nodes.bridge.frozen_layers import ComfyWeights
+    from stylewright.training.frozen import frozen_products
 
     with torch.inference_mode():
-        made = QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreNVFP4Layout")
-        tensor = nn.Parameter(made, requires_grad=False)
-    alias = ordinary(tensor)
-    assert type(alias) is QuantizedTensor and isinstance(alias, nn.Parameter) and not alias.requires_grad
-    pairs = [(alias._qdata, tensor._qdata)]
-    pairs += [(getattr(alias._params, name), getattr(tensor._params, name)) for name in ("scale", "block_scale")]
-    for mine, theirs in pairs:
-        assert mine.data_ptr() == theirs.data_ptr() and theirs.is_inference() and not mine.is_inference()
-    assert torch.equal(alias.dequantize(), tensor.dequantize().clone())
+        layer = comfy.ops.mixed_precision_ops({}, torch.float32, disabled=["nvfp4"]).Linear(32, 16, bias=True)
+        layer.load_state_dict({**quantised_state(torch.randn(16, 32)), "bias": torch.randn(16)})
+    weight = layer.weight
+    assert weight.is_inference() and exchange_inference_tensors(layer) == 1
+    assert layer.weight is weight
+    x = torch.randn(2, 32, requires_grad=True)
+    with frozen_products(layer, ComfyWeights(torch.device("cpu"))):
+        layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
+    with torch.inference_mode():
+        assert torch.equal(layer.to("cpu").weight.dequantize(), weight.dequantize())
+
+
+def quantised_state(weight):
+    from comfy.quant_ops import QuantizedTensor
+
+    state = QuantizedTensor.from_float(weight, "TensorCoreNVFP4Layout").state_dict("weight")
+    marker = list(json.dumps({"format": "nvfp4"}).encode())
+    return {**state, "comfy_quant": torch.tensor(marker, dtype=torch.uint8)}
 
 
 @pytest.mark.parametrize("fail", [False, True])

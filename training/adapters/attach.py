@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..frozen import is_readable
+from ..frozen import frozen_products, is_readable
 from ..randomness import generator
+from .deltas import recomputed_deltas
 from .low_rank import low_rank_products
 from .methods import READS_WEIGHTS, AdapterConfig, check_layers, peft_config
 from .stand_in import StandIn, needs_stand_in, stand_in
@@ -104,14 +105,14 @@ def attached(
     """
     names = layers_to_adapt(module, config, family=family)
     _refuse_unreadable(module, config, names)
-    with _restored(module, names):
+    with frozen_products(module), _restored(module, names):
         layers = _inject(module, config, names)
         tensors = _tensors(module, layers)
         for name, tensor in tensors.items():
             _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
         for layer in layers.values():
             _measure_magnitudes(layer)
-        with low_rank_products(layers.values()):
+        with low_rank_products(layers.values()), recomputed_deltas(layers.values()):
             yield Adapter(config, layers, tensors)
 
 

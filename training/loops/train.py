@@ -25,7 +25,6 @@ from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
 from ..formats.keys import UNET_LAYERS
-from ..frozen import frozen_products
 from ..noise import gaussian
 from ..randomness import generator
 from ..weightings import check_weighting
@@ -82,7 +81,6 @@ def train(
     law = cache(partial(_law, denoiser, config))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(run_dir)) if isinstance(run_dir, Path) else run_dir
-        stack.enter_context(frozen_products(denoiser.module))
         adapter = stack.enter_context(
             attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed, device=device)
         )
