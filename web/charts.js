@@ -1,7 +1,7 @@
 // The two charts of the trainer's panel as SVG, drawn at the size in pixels at which they are shown.
 // Colours come from the classes in panel.js, so that every theme of ComfyUI fits.
 
-const MARGIN = { left: 40, right: 8, top: 8, bottom: 18 }
+const MARGIN = { left: 40, right: 14, top: 8, bottom: 18 }
 
 /** The loss over the steps: what was reported, faint, and its moving average. `points`: [[step, loss], …]. */
 export function lossCurve({ points, steps, width, height }) {
@@ -10,10 +10,10 @@ export function lossCurve({ points, steps, width, height }) {
   const x = scale(0, Math.max(steps, 1), MARGIN.left, width - MARGIN.right)
   const y = scale(low, high, height - MARGIN.bottom, MARGIN.top)
   const place = ([step, loss]) => `${x(step).toFixed(1)},${y(clamp(loss, low, high)).toFixed(1)}`
-  const columns = Math.max(1, Math.floor((width - MARGIN.left - MARGIN.right) / 2))
+  const columns = Math.max(1, Math.floor(width - MARGIN.left - MARGIN.right))
   return svg(width, height, [
     ...ticks(low, high, 4).map((value) => horizontal(y(value), width, number(value))),
-    ...ticks(0, steps, Math.max(2, Math.floor(width / 80))).map((value) => below(x(value), height, value)),
+    ...ticks(0, steps, Math.max(2, Math.floor(width / 90))).map((value) => below(x(value), width, height, value)),
     `<polyline class="raw" points="${extremes(points, columns).map(place).join(' ')}"/>`,
     `<polyline class="smooth" points="${thinned(smoothed(points), columns).map(place).join(' ')}"/>`,
     points.length === 1 ? `<circle class="dot" r="2" cx="${x(points[0][0])}" cy="${y(points[0][1])}"/>` : ''
@@ -38,13 +38,13 @@ export function lossByLevel({ bins, window: styleWindow, width, height }) {
     styleWindow === null ? '' : shaded(x(left), x(styleWindow), height),
     ...ticks(0, highest, 3).map((value) => horizontal(y(value), width, number(value))),
     ...bars,
-    ...ticks(left, right, Math.max(2, Math.floor(width / 60))).map((value) => below(x(value), height, signed(value)))
+    ...ticks(left, right, Math.max(2, Math.floor(width / 40))).map((value) => below(x(value), width, height, signed(value)))
   ])
 }
 
-/** Losses as an exponential moving average over about a twentieth of the points, unbiased at the start. */
+/** Losses as an exponential moving average over about a tenth of the points, unbiased at the start. */
 export function smoothed(points) {
-  const keep = 1 - 1 / Math.max(1, points.length / 20)
+  const keep = 1 - 1 / Math.max(1, points.length / 10)
   let sum = 0
   let weight = 0
   return points.map(([step, loss]) => {
@@ -68,7 +68,7 @@ export function ticks(low, high, count) {
 /** A loss in as few digits as tell it apart. */
 export function number(value) {
   if (value === 0) return '0'
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? String(Number(value.toPrecision(3))) : value.toExponential(1)
+  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? String(Number(value.toPrecision(3))) : value.toExponential(1).replace('.0e', 'e')
 }
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value))
@@ -111,8 +111,9 @@ function horizontal(y, width, label) {
   return `${line}<text class="tick" x="${MARGIN.left - 5}" y="${y + 3}" text-anchor="end">${label}</text>`
 }
 
-function below(x, height, label) {
-  return `<text class="tick" x="${x}" y="${height - 5}" text-anchor="middle">${label}</text>`
+function below(x, width, height, label) {
+  const middle = Math.min(x, width - 3 * String(label).length) // all of it in the picture
+  return `<text class="tick" x="${middle}" y="${height - 5}" text-anchor="middle">${label}</text>`
 }
 
 function shaded(from, to, height) {

@@ -2,17 +2,21 @@
 
 import { lossByLevel, lossCurve, number } from './charts.js'
 
-const CURVE = 120 // height of a chart in pixels; the curve takes what else there is
-const LEVELS = 96
+// Heights in pixels. The curve takes what else there is.
+const LINE = 16
+const GAP = 7
+const PADDING = 9
+const CURVE = 136
+const LEVELS = 112
 const THUMB = 104 // height of a sample picture
-const MOST_ROWS = 3 // of sample pictures before they scroll
+const MOST_ROWS = 4 // of sample pictures before they scroll
 
 const STYLE = `
-.stylewright { --accent: #3d8fd1; --warm: #c9793f; color: var(--input-text, #ddd); font: 12px/1.35 system-ui, sans-serif;
-  display: flex; flex-direction: column; gap: 6px; padding: 8px; box-sizing: border-box; overflow: hidden;
-  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #4e4e4e); border-radius: 8px;
+.stylewright { --accent: #3d8fd1; --warm: #c9793f; color: var(--input-text, #ddd); font: 12px/${LINE}px system-ui, sans-serif;
+  display: flex; flex-direction: column; gap: ${GAP}px; padding: ${PADDING}px; box-sizing: border-box; overflow: hidden;
+  background: var(--component-node-widget-background, var(--comfy-input-bg, #222)); border: 1px solid var(--border-color, #4e4e4e); border-radius: 8px;
   user-select: none; font-variant-numeric: tabular-nums }
-.stylewright > * { flex: none } .stylewright .curve { flex: 1 0 ${CURVE}px }
+.stylewright > * { flex: none } .stylewright [hidden] { display: none } .stylewright .curve { flex: 1 0 ${CURVE}px }
 .stylewright .pale, .stylewright figcaption { color: var(--descrip-text, #999) }
 .stylewright .head { display: flex; gap: 8px; justify-content: space-between; white-space: nowrap }
 .stylewright .head b { font-weight: 600 } .stylewright .head .text { overflow: hidden; text-overflow: ellipsis; flex: 1 }
@@ -20,12 +24,13 @@ const STYLE = `
 .stylewright .bar-inner { height: 100%; background: var(--accent); transition: width .3s }
 .stylewright .figures { display: flex; flex-wrap: wrap; gap: 2px 14px }
 .stylewright .figures b { font-weight: 600; margin-left: 4px; color: var(--input-text, #ddd) }
-.stylewright .note { color: var(--warm) }
+.stylewright .note, .stylewright .stopped { color: var(--warm) } .stylewright .failed { color: var(--error-text, #ff4444) }
+.stylewright .words { overflow-wrap: anywhere; user-select: text }
 .stylewright[data-phase=failed] .head b { color: var(--error-text, #ff4444) }
 .stylewright[data-phase=finished] .bar-inner { background: #4fa36a } .stylewright[data-phase=stopped] .bar-inner { background: var(--warm) }
 .stylewright figure { margin: 0; position: relative; min-height: 0; display: flex; flex-direction: column }
 .stylewright figure > div { flex: 1; min-height: 0; overflow: hidden } .stylewright svg { display: block }
-.stylewright .levels { height: ${LEVELS + 17}px }
+.stylewright .levels { height: ${LEVELS}px }
 .stylewright .grid { stroke: var(--border-color, #4e4e4e); stroke-width: .5 }
 .stylewright .tick { fill: var(--descrip-text, #999); font-size: 10px } .stylewright .tick.accent { fill: var(--warm) }
 .stylewright .raw { fill: none; stroke: var(--accent); opacity: .32; stroke-linejoin: round }
@@ -33,7 +38,7 @@ const STYLE = `
 .stylewright .dot, .stylewright .bar { fill: var(--accent) } .stylewright .window { fill: var(--warm); opacity: .13 }
 .stylewright .film { overflow: auto; display: grid; grid-auto-flow: column; justify-content: start; gap: 4px; scrollbar-width: thin }
 .stylewright .film > div { display: flex; flex-direction: column; gap: 4px; text-align: center }
-.stylewright .film > div:first-child { position: sticky; left: 0; background: var(--comfy-input-bg, #222); z-index: 1; padding-right: 2px }
+.stylewright .film > div:first-child { position: sticky; left: 0; background: var(--component-node-widget-background, var(--comfy-input-bg, #222)); z-index: 1; padding-right: 2px }
 .stylewright .film img { height: ${THUMB}px; border-radius: 4px; display: block; cursor: zoom-in }
 `
 
@@ -49,12 +54,13 @@ export class Panel {
     this.progress = make('div', 'bar-outer')
     this.progress.append(make('div', 'bar-inner'))
     this.figures = make('div', 'figures pale')
-    this.words = make('div', 'pale')
+    this.words = make('div', 'words pale')
     this.curve = chart('curve', 'loss')
     this.levels = chart('levels', 'loss by noise level (log-SNR: noise on the left)')
     this.film = make('div', 'film')
     this.element.append(this.head, this.progress, this.figures, this.words, this.curve, this.levels, this.film)
-    new ResizeObserver(() => this.drawCharts()).observe(this.element)
+    const observer = new ResizeObserver(() => this.run && this.arrange())
+    for (const part of [this.element, this.words, this.figures]) observer.observe(part)
   }
 
   /** Shows a run: what the server says of it, with all points so far. */
@@ -65,46 +71,55 @@ export class Panel {
     this.showWords()
     if (another) this.film.replaceChildren()
     this.showPictures()
+    this.arrange()
+  }
+
+  /** Says how high the panel has to be, where that has changed, and draws the charts at the size that they have. */
+  arrange() {
     const height = this.minHeight()
     if (height !== this.height) this.resized((this.height = height))
     this.drawCharts()
   }
 
-  /** Pixels that the panel needs. */
+  /** Pixels that the panel needs. Lines of words are measured where they are on the page, guessed where they are not. */
   minHeight() {
-    const run = this.run
+    const { run } = this
     if (!run) return 0
-    const lines = 1 + (run.plan ? 1 : 0) + run.notes.length
-    const charts = (run.points.length ? CURVE + 23 : 0) + (run.bins.length ? LEVELS + 23 : 0)
     const rows = Math.min(MOST_ROWS, run.pictures?.prompts?.length ?? 0)
-    const film = run.pictures?.steps?.length ? rows * (THUMB + 4) + 36 : 0
-    return 18 + 22 + 10 + (run.points.length ? 22 : 0) + this.wordLines(lines) * 17 + charts + film
-  }
-
-  wordLines(lines) {
-    const written = this.words.offsetHeight
-    return written ? Math.round(written / 16) : this.words.childElementCount ? lines : 0
+    const parts = [
+      LINE,
+      4,
+      this.figures.childElementCount ? this.figures.offsetHeight || 2 * LINE : 0,
+      this.words.childElementCount ? this.words.offsetHeight || this.words.childElementCount * LINE : 0,
+      run.points.length ? CURVE : 0,
+      run.bins.length ? LEVELS : 0,
+      run.pictures?.steps?.length ? filmHeight(rows) : 0
+    ].filter((part) => part > 0)
+    return parts.reduce((sum, part) => sum + part + GAP, 2 * PADDING - GAP + 2)
   }
 
   showWords() {
     const { phase, text, step, steps, left, loss, seconds, learning_rate: rate, peak_bytes: peak } = this.run
     const running = phase === 'training' || phase === 'drawing'
     const title = make('b', '', phase[0].toUpperCase() + phase.slice(1))
-    const what = text || (running ? `step ${step} of ${steps}` : '')
+    const long = phase === 'stopped' || phase === 'failed'
+    const what = long || !text ? (step || running ? `step ${step} of ${steps}` : '') : text
     const rest = running && left !== undefined ? `${duration(left)} left` : phase === 'finished' ? duration(seconds) : ''
     const words = make('span', 'text pale', what)
     words.title = what
     this.head.replaceChildren(title, words, make('span', '', rest))
     this.progress.firstChild.style.width = `${(100 * step) / Math.max(1, steps)}%`
-    const figures = { loss: loss === undefined ? '' : number(loss), step: `${step} / ${steps}` }
+    const figures = { loss: loss === undefined ? '' : number(loss) }
     if (step > 0 && seconds !== undefined) figures['time per step'] = `${number(seconds / step)} s`
     if (rate !== undefined) figures['learning rate'] = number(rate)
     if (peak) figures['peak memory'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
     this.figures.replaceChildren(...(loss === undefined ? [] : Object.entries(figures).map(figure)))
     this.words.replaceChildren(
+      ...(long ? [make('div', phase, text)] : []),
       ...(this.run.plan ? [make('div', '', this.run.plan)] : []),
       ...this.run.notes.map((note) => make('div', 'note', note))
     )
+    for (const part of [this.figures, this.words]) part.hidden = !part.childElementCount
   }
 
   drawCharts() {
@@ -127,7 +142,7 @@ export class Panel {
     const news = columns.some((column) => !column.isConnected || column.parentElement !== this.film)
     if (!news && columns.length === this.film.children.length) return
     this.film.replaceChildren(...columns)
-    this.film.style.maxHeight = `${MOST_ROWS * (THUMB + 4) + 30}px`
+    this.film.style.height = `${filmHeight(Math.min(MOST_ROWS, prompts.length))}px`
     requestAnimationFrame(() => (this.film.scrollLeft = this.film.scrollWidth))
   }
 
@@ -174,6 +189,9 @@ function chart(className, title) {
   figure.hidden = true
   return figure
 }
+
+/** Of rows of pictures under their labels, with room for a scroll bar. */
+const filmHeight = (rows) => LINE + rows * (THUMB + 4) + 12
 
 function figure([name, value]) {
   const span = make('span', '', name)

@@ -79,10 +79,11 @@ function panelOf(node) {
   return panels.get(node)
 }
 
-/** Makes the node as high as its widgets need, never smaller. */
+/** Makes the node as high as its widgets need, never smaller. Nodes 2.0 do that by themselves. */
 function fit(node) {
   const panel = panels.get(node)
   if (panel) panel.element.style.minHeight = `${panel.minHeight()}px`
+  if (window.LiteGraph?.vueNodesMode) return
   const [width, height] = node.computeSize()
   if (width > node.size[0] || height > node.size[1]) {
     node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -118,8 +119,13 @@ class TrainingProgress:
         return {
             "subfolder": shown_subfolder(self._run.samples),
             "prompts": list(self._prompts),
-            "steps": [[step, [path.name for path in found[step]]] for step in steps],
+            "steps": [[step, _stamp(found[step][0]), [path.name for path in found[step]]] for step in steps],
         }
+
+
+def _stamp(path: Path) -> int:
+    """Milliseconds, for a page to tell a new picture from an older one of the same name."""
+    return path.stat().st_mtime_ns // 1_000_000
 
 
 def show_text(node_id: str | None, text: str) -> None:

@@ -1,6 +1,7 @@
 """A real Chromium, driven over its DevTools protocol: just enough to load ComfyUI's page and ask it questions."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import shutil
@@ -36,6 +37,11 @@ class Page:
         answer = await self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, json.dumps(answer["exceptionDetails"], indent=1)
         return answer["result"].get("value")
+
+    async def screenshot(self, path: Path) -> None:
+        """What is seen now, as a PNG, to look at."""
+        answer = await self.send("Page.captureScreenshot", format="png")
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     async def until(self, expression: str, seconds: float = START) -> None:
         """Waits for an expression to be true."""
