@@ -1,5 +1,6 @@
 """How a style was learned, in one picture a prompt: before training, on the way, and after it."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> s
     """The text, or as much of its beginning as is not wider than ``width`` pixels."""
     if draw.textlength(text, _font(size)) <= width:
         return text
-    while text and draw.textlength(f"{text}…", _font(size)) > width:
-        text = text[:-1]
-    return f"{text.rstrip()}…"
+    font = _font(size)
+    most = bisect_right(range(len(text)), width, key=lambda length: draw.textlength(f"{text[:length]}…", font))
+    return f"{text[: max(0, most - 1)].rstrip()}…"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

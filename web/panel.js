@@ -102,8 +102,8 @@ export class Panel {
     const { phase, text, step, steps, left, loss, seconds, learning_rate: rate, peak_bytes: peak } = this.run
     const running = phase === 'training' || phase === 'drawing'
     const title = make('b', '', phase[0].toUpperCase() + phase.slice(1))
-    const long = phase === 'stopped' || phase === 'failed'
-    const what = long || !text ? (step || running ? `step ${step} of ${steps}` : '') : text
+    const ended = ['finished', 'stopped', 'failed'].includes(phase)
+    const what = ended || !text ? (step || running ? `step ${step} of ${steps}` : '') : text
     const rest = running && left !== undefined ? `${duration(left)} left` : phase === 'finished' ? duration(seconds) : ''
     const words = make('span', 'text pale', what)
     words.title = what
@@ -115,7 +115,7 @@ export class Panel {
     if (peak) figures['peak memory'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
     this.figures.replaceChildren(...(loss === undefined ? [] : Object.entries(figures).map(figure)))
     this.words.replaceChildren(
-      ...(long ? [make('div', phase, text)] : []),
+      ...(ended ? [make('div', phase, text)] : []),
       ...(this.run.plan ? [make('div', '', this.run.plan)] : []),
       ...this.run.notes.map((note) => make('div', 'note', note))
     )

@@ -68,14 +68,29 @@ def test_the_quick_start_runs_as_shipped(quick_start, server):
     assert len(saved) == 1 and "partial" not in saved[0].name
 
 
-def test_progress_pictures_and_words_come_over_the_websocket(quick_start):
+def test_the_progress_comes_over_the_websocket_and_stays_in_the_history(quick_start, server):
     prompt, result = quick_start
     (trainer,) = (id for id, node in prompt.items() if node["class_type"] == "StyleFriendlySNRTrainer")
+    inputs = prompt[trainer]["inputs"]
     steps = [m["data"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer]
-    assert steps[-1]["value"] == steps[-1]["max"] == prompt[trainer]["inputs"]["steps"]
-    binary = [m["data"] for m in result["messages"] if m["type"] == "binary"]
-    assert any(b"JFIF" in data[:64] for data in binary), "no sample picture was shown"
-    assert any(b", loss " in data for data in binary), "no loss was shown on the node"
+    assert steps[-1]["value"] == steps[-1]["max"] == inputs["steps"]
+    told = [m["data"] for m in result["messages"] if m["type"] == "stylewright.training"]
+    assert {each["node"] for each in told} == {trainer}
+    assert [each["phase"] for each in told][::-1].index("finished") == 0
+    assert {"preparing", "training", "drawing"} <= {each["phase"] for each in told}
+    points = [point for each in told for point in each["points"]]
+    assert [step for step, _ in points] == sorted({step for step, _ in points}) and points[-1][0] == inputs["steps"]
+
+    (kept,) = result["outputs"][trainer]["stylewright_training"]
+    assert kept["points"] == points and kept["bins"] and kept["window"] > -6.52  # carried to small pictures
+    assert [run for run in server.json("stylewright/runs") if run["node"] == trainer] == [kept]
+    pictures = kept["pictures"]
+    expected = [step for step in range(inputs["steps"] + 1) if step % inputs["sample_every"] == 0]
+    assert [step for step, _, _ in pictures["steps"]] == expected
+    for _, _, names in pictures["steps"]:
+        for name in names:
+            query = f"view?filename={name}&subfolder={pictures['subfolder']}&type=output"
+            assert server.get(query).startswith(b"\x89PNG")
 
 
 def test_an_interrupted_training_keeps_its_adapter_and_continues(quick_start, server):
