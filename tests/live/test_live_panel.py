@@ -12,6 +12,7 @@ API = "(window.comfyAPI?.api?.api ?? window.app.api)"
 KNOWN = "window.LiteGraph?.registered_node_types"  # the server's nodes, and later the page's own
 READY = f"{APP}?.graph && {KNOWN}?.StyleFriendlySNRTrainer && {KNOWN}?.MarkdownNote"
 TRAINER = 5
+SECOND = 50  # id of another one
 STEPS = 4
 SEEN = """(() => {
     const panels = [...document.querySelectorAll('.stylewright')]
@@ -93,6 +94,16 @@ def observed(server, repository, shipped_weights):
 SOCKETS = ("model", "clip", "vae", "dataset")
 
 
+def with_a_second_trainer(workflow):
+    (trainer,) = (node for node in workflow["nodes"] if node["id"] == TRAINER)
+    alone = {
+        "inputs": [{**each, "link": None} for each in trainer["inputs"]],
+        "outputs": [{**each, "links": []} for each in trainer["outputs"]],
+        "pos": [trainer["pos"][0] + 2000, trainer["pos"][1]],
+    }
+    return {**workflow, "nodes": [*workflow["nodes"], {**trainer, **alone, "id": SECOND}]}
+
+
 async def look(browser, server, workflow):
     seen = {}
     async with browser.opened(f"http://127.0.0.1:{server.port}/") as page:
@@ -110,15 +121,11 @@ async def look(browser, server, workflow):
         )
         seen["more"] = await page.evaluate(SEEN)
 
-        other = await page.evaluate(
-            f"""(() => {{
-                const node = {APP}.graph.getNodeById({TRAINER}).clone()
-                {APP}.graph.add(node)
-                return node.id
-            }})()"""
-        )
-        await graph.tell(message(str(other), workflow["id"], notes=["a second one"]))
-        seen["two"] = (await graph.panels(), [TRAINER, int(other)])
+        graph.workflow = with_a_second_trainer(workflow)
+        await graph.load()
+        await graph.tell(message("5", workflow["id"]))
+        await graph.tell(message(str(SECOND), workflow["id"], notes=["a second one"]))
+        seen["two"] = await graph.panels()
         outer = await page.evaluate(
             f"{APP}.graph.convertToSubgraph(new Set([{APP}.graph.getNodeById({TRAINER})])).node.id"
         )
@@ -127,6 +134,7 @@ async def look(browser, server, workflow):
         await graph.tell(message(f"{outer}:{inner_id}", workflow["id"]))
         seen["inside"] = await page.evaluate(f"{inner}[0].widgets.map(widget => widget.name)")
 
+        graph.workflow = workflow
         await graph.load()
         await page.evaluate(QUEUE)
         await page.until("document.querySelector('.stylewright')?.dataset.phase === 'finished'", 300)
@@ -178,8 +186,7 @@ def test_what_was_missed_is_asked_for(observed):
 
 
 def test_each_trainer_has_its_own_panel_also_inside_a_subgraph(observed):
-    found, expected = observed["two"]
-    assert sorted(found) == sorted(expected)
+    assert sorted(observed["two"]) == [TRAINER, SECOND]
     assert "stylewright_training" in observed["inside"]
 
 
