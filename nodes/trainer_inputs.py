@@ -88,7 +88,10 @@ def plain() -> list[io.Input]:
             "targets",
             options=PRESETS,
             default="style",
-            tooltip="Which layers are adapted. style: the paper's list for FLUX and SD3.5, attention layers elsewhere.",
+            tooltip=(
+                "Which layers are adapted. style: the paper's list for FLUX, its kin and SD3.5, attention layers for "
+                "SD1.5, SDXL and PixArt, the layers of the blocks elsewhere."
+            ),
         ),
         io.Int.Input(
             "seed",

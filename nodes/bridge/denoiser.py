@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...training.denoiser import Conditioning
 from ...training.predictions import convert
-from .families import family_of
+from .families import family_of, is_film, is_mean_flow
+from .kernels import OVERRIDE, Attention
 from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
 
@@ -39,22 +40,22 @@ class ComfyDenoiser:
         self.log_snr_range = self._levels.log_snr_range
         self._model = model
         self._prompts = prompts
-        # Models that draw films and pictures alike (Wan, Qwen-Image) take a picture for a film of one frame.
-        self._frames = model.model.latent_format.latent_dimensions == 3
+        self._film = is_film(model)
+        self._alone = is_mean_flow(model)
         self._options = transformer_options(model)
         self._conds: dict[tuple, dict] = {}
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own prediction (b, c, ...) in float32."""
         sigma = self._levels.sigma(log_snr)
-        x = self._levels.comfy_input(x_t.float(), sigma)
+        x = self._levels.comfy_input(x_t.float(), log_snr)
         x0 = torch.empty_like(x)
         rows = self._model_conds(x, conditioning)
-        for group in alike(rows):
+        for group in [[row] for row in range(len(rows))] if self._alone else alike(rows):
             conds = comfy.samplers.cond_cat([rows[row] for row in group])
             answer = self._apply(x[group], sigma[group], conds)
             x0 = answer if len(group) == len(x) else x0.index_copy(0, torch.tensor(group, device=x.device), answer)
-        return convert(x0, "x0", self.prediction, self.process, x_t, log_snr)
+        return convert(x0 / self._levels.data_scale, "x0", self.prediction, self.process, x_t, log_snr)
 
     def longest(self, rows: Sequence[Conditioning]) -> Conditioning:
         """Of rows (1, …), the one whose prompt has most tokens."""
@@ -62,9 +63,11 @@ class ComfyDenoiser:
 
     def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
-        x = x[:, :, None] if self._frames else x
+        # A schedule that stays where it is: the mean velocity from here to here is the velocity that is trained.
+        options["sample_sigmas"] = sigma[:1].repeat(2)
+        x = x[:, :, None] if self._film else x
         x0 = self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
-        return x0[:, :, 0] if self._frames else x0
+        return x0[:, :, 0] if self._film else x0
 
     def _model_conds(self, x: Tensor, conditioning: Conditioning) -> list[dict]:
         """ComfyUI's conds of each row, made once for every prompt, guidance and latent size."""
@@ -77,7 +80,7 @@ class ComfyDenoiser:
 
     @torch.no_grad()
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
-        noise = noise[:, :, None] if self._frames else noise
+        noise = noise[:, :, None] if self._film else noise
         params = dict(self._prompts.answer(prompt))
         if guidance is not None:
             params["guidance"] = guidance
@@ -108,4 +111,7 @@ def transformer_options(model: comfy.model_patcher.ModelPatcher) -> dict:
         logger.warning("a node before wraps every call of the model, to cache steps for example: trained without it")
     comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
     comfy.samplers.cast_to_load_options(options, device=model.load_device, dtype=model.model_dtype())
-    return options["transformer_options"]
+    chosen = options["transformer_options"]
+    if OVERRIDE in chosen:
+        chosen[OVERRIDE] = Attention(chosen[OVERRIDE])
+    return chosen

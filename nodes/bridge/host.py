@@ -8,13 +8,23 @@ from torch import Tensor
 
 from ...training.data.cache import settle
 from ...training.hosts.host import Host
-from ...training.noise import log_snr_of_time
 from .denoiser import ComfyDenoiser
-from .families import is_guidance_distilled, latents_per_token, model_name, reference_tokens, unet_layers
+from .families import (
+    is_film,
+    is_guidance_distilled,
+    latent_format,
+    latents_per_token,
+    model_name,
+    reference_tokens,
+    refuse_untrainable,
+    unet_layers,
+)
+from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PromptTable
 
-TRAINING_GUIDANCE = 1.0  # what trainers of FLUX.1-dev use: the distilled guidance neither pushes nor pulls
-SAMPLING_GUIDANCE = 3.5  # ComfyUI's own default
+# What trainers of FLUX.1-dev and its kin use: the distilled guidance neither pushes nor pulls. Pictures are drawn at
+# ComfyUI's own default of the family, 3.5 for FLUX and 6 for HunyuanVideo, which holds where none is stated.
+TRAINING_GUIDANCE = 1.0
 
 
 def comfy_host(
@@ -22,33 +32,33 @@ def comfy_host(
 ) -> Host:
     """The host of three sockets. Encoding and decoding work at any time, the denoiser inside a training session.
 
-    Raises ValueError for a VAE that does not fit the model.
+    Raises ValueError for a model that does not draw pictures from words, and a VAE that does not fit the model.
     """
+    refuse_untrainable(model)
     _refuse_foreign_vae(model, vae)
     prompts = PromptTable(clip)
     pixels = vae.spacial_compression_encode()
     distilled = is_guidance_distilled(model)
-    film = model.model.latent_format.latent_dimensions == 3  # a picture is a film of one frame
+    form, levels, film = latent_format(model), noise_levels(model), is_film(model)
     denoiser = ComfyDenoiser(model, prompts)
 
     def encode_images(images: Tensor) -> Tensor:
         with torch.inference_mode():
             # One by one: a video VAE takes a batch for the frames of one film.
             latents = [vae.encode(image[None].movedim(1, -1)) for image in images]
-            latents = torch.cat([model.model.process_latent_in(latent).float() for latent in latents])
+            latents = torch.cat([form.process_in(latent).float() for latent in latents]) / levels.data_scale
         return settle(latents[:, :, 0] if latents.ndim == 5 else latents)
 
     def decode_latents(latents: Tensor) -> Tensor:
         with torch.inference_mode():
-            latents = latents[:, :, None] if film else latents
-            pictures = vae.decode(model.model.process_latent_out(latents.float().clone()))  # some write in place
+            latents = (latents[:, :, None] if film else latents).float() * levels.data_scale
+            pictures = vae.decode(form.process_out(latents.clone()))  # some write in place
             pictures = pictures.flatten(0, -4).movedim(-1, 1).float().clamp(0, 1)
         return settle(pictures)
 
     def schedule(steps: int, tokens: int) -> Tensor:
         sampling = model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps).double()
-        return (log_snr_of_time(sigmas) if denoiser.process == "flow" else -2 * sigmas.log()).float()
+        return levels.log_snr(comfy.samplers.calculate_sigmas(sampling, "simple", steps))
 
     return Host(
         name=model_name(model),
@@ -61,8 +71,8 @@ def comfy_host(
         resolution=resolution,
         device=str(model.load_device),
         training_conditioning={GUIDANCE: torch.tensor([TRAINING_GUIDANCE])} if distilled else {},
-        sampling_conditioning={GUIDANCE: torch.tensor([SAMPLING_GUIDANCE])} if distilled else {},
-        latent_channels=model.model.latent_format.latent_channels,
+        sampling_conditioning={},
+        latent_channels=form.latent_channels,
         reference_tokens=reference_tokens(model),
         unet_layers=unet_layers(model),
         schedule=schedule,
@@ -70,7 +80,7 @@ def comfy_host(
 
 
 def _refuse_foreign_vae(model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE) -> None:
-    expected = model.model.latent_format.latent_channels
+    expected = latent_format(model).latent_channels
     if vae.latent_channels != expected:
         raise ValueError(
             f"the VAE makes latents of {vae.latent_channels} channels, but {model_name(model)} works on {expected}: "

@@ -4,6 +4,8 @@ An encoder's answer is a tensor with any number of tokens plus a dict whose entr
 core moves rows of tensors about, so it is handed row numbers, and the answers stay here.
 """
 
+from typing import Any
+
 import comfy.sd
 import torch
 
@@ -53,4 +55,11 @@ def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
     if not cross_attention.isfinite().all():
         raise ValueError(f"the text encoding of {prompt!r} contains NaN or infinity: run the text encoder in float32")
     answer = {**rest, "cross_attn": cross_attention}
-    return {key: settle(value) if isinstance(value, torch.Tensor) else value for key, value in answer.items()}
+    return {key: _settled(value) for key, value in answer.items()}
+
+
+def _settled(value: Any) -> Any:
+    """Tensors that autograd accepts, wherever they are in an answer."""
+    if isinstance(value, torch.Tensor):
+        return settle(value)
+    return [_settled(each) for each in value] if isinstance(value, list) else value

@@ -10,6 +10,7 @@ import torch
 from ...training.frozen import frozen_products
 from .differentiable import exchange_inference_tensors
 from .frozen_layers import ComfyWeights
+from .kernels import plain_kernels
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(_devices(model.load_device)))
         stack.enter_context(_in_training())
+        stack.enter_context(plain_kernels(model.model.diffusion_model))
         exchange_inference_tensors(model.model)
         model.pre_run()
         stack.callback(model.cleanup)

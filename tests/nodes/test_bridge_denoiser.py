@@ -101,7 +101,7 @@ def test_ranges_and_kinds(tiny, tiny_clip):
             assert denoiser.log_snr_range == (-math.inf, math.inf)
     assert kinds == {
         "sd15": ("sd15", "vp", "eps"), "sdxl": ("sdxl", "vp", "eps"), "flux": ("flux", "flow", "flow"),
-        "sd3": ("sd3", "flow", "flow"), "pixart": ("pixart", "vp", "eps"), "qwen": ("other", "flow", "flow"),
+        "sd3": ("sd3", "flow", "flow"), "pixart": ("pixart", "vp", "eps"), "qwen": ("qwen-image", "flow", "flow"),
     }  # fmt: skip
     assert denoiser_of(tiny("sd15"), tiny_clip("sd15"))[0].log_snr_range == pytest.approx((-5.364, 7.069), abs=1e-2)
 

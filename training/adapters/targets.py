@@ -2,7 +2,7 @@
 
 A pattern is a regular expression for the end of a module's name, from a dot on: ``to_q`` finds every ``….to_q``.
 Every pattern of a preset knows both layouts of a family, diffusers' and the original one that ComfyUI keeps, and
-has to match in whichever it meets.
+has to match in whichever it meets. Families that we meet in ComfyUI alone have its layout.
 """
 
 import re
@@ -14,11 +14,22 @@ from ..frozen import is_multiplying
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-# Parts of names: of layers that steer or embed instead of mixing features, and of convolutions.
-_STEERING = r"\w*(?:norm|embed|adaln|modulation)\w*|\w*_mod|mod|\w*_emb|emb_layers|time_emb_proj"
+# Parts of names: of layers that steer or embed instead of mixing features, of convolutions, and of what only sees
+# pictures that a prompt may refer to.
+_STEERING = r"\w*(?:norm|embed|adaln|modulation|guidance)\w*|\w*_mod|mod(?:_?\w{1,2})?|\w*_emb|emb_layers|time_emb_proj"
 _CONVOLUTION = r"\w*conv\w*|in_layers|out_layers|skip_connection|op"
+_REFERENCES = r"ref_image_refiner|visual"
 # The layers below a numbered block but those; a number right below a number is the first convolution of a UNet.
-_GENERIC = rf"\A(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION})(?:\.|\Z)))(?!.*\.\d+\.\d+\Z)(?:.*\.)?\d+\..+"
+_MIXING = rf"(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION}|{_REFERENCES})(?:\.|\Z)))(?!.*\.\d+\.\d+\Z)(?:.*\.)?\d+\..+"
+
+
+def _mixing(*, under: str = "", of: str = "") -> str:
+    """These layers, where names begin with ``under``, and have a part ``of``."""
+    return rf"\A(?={under})" * bool(under) + rf"\A(?=(?:.*\.)?(?:{of})\.)" * bool(of) + rf"\A{_MIXING}"
+
+
+_GENERIC = _mixing()
+_ATTENTION_PARTS = r"\w*attn\w*|\w*attention\w*"
 
 _TO_QKV_OUT = r"to_(?:q|k|v|out\.0)"
 _UNET_ATTENTION = rf"transformer_blocks\.\d+\.attn[12]\.{_TO_QKV_OUT}"
@@ -68,9 +79,45 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "cross-attention": (_PIXART_CROSS,),
         "all": (_GENERIC,),
     },
-    OTHER: {"style": (_GENERIC,), "all": (_GENERIC,)},
+    # Elsewhere trainers agree on every layer of the network's own blocks, attention and MLP alike.
+    OTHER: {"style": (_GENERIC,), "attention": (_mixing(of=_ATTENTION_PARTS),), "all": (_GENERIC,)},
 }
-TARGETS["sd15"] = TARGETS["sdxl"]
+
+
+def _own(under: str, **more: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Presets of a family that also numbers blocks of a text encoder: its own are those whose names begin so."""
+    return {
+        "style": (_mixing(under=under),),
+        "attention": (_mixing(under=under, of=_ATTENTION_PARTS),),
+        **more,
+        "all": (_GENERIC,),
+    }
+
+
+_CROSS_ATTENTION = (_mixing(of=r"attn2|cross_attn|cross_attention"),)
+_CROSSING = {**TARGETS[OTHER], "cross-attention": _CROSS_ATTENTION}
+# Two streams, of picture and text, that meet in attention only.
+_TWO_STREAMS = {
+    **TARGETS[OTHER],
+    "image-attention": (rf"transformer_blocks\.\d+\.attn\.(?:{_TO_QKV_OUT}|img_qkv)",),
+}
+TARGETS |= dict.fromkeys(("sd15", "sd21", "sdxl-refiner"), TARGETS["sdxl"])
+# FLUX's architecture and names of layers. HunyuanVideo's text refiner is in "all" only.
+TARGETS |= dict.fromkeys(("flux2", "chroma", "chroma-radiance", "longcat-image"), TARGETS["flux"])
+TARGETS |= dict.fromkeys(("hunyuan-video", "hunyuan-video15", "hunyuan-image21"), TARGETS["flux"])
+TARGETS |= dict.fromkeys(("qwen-image", "mage-flow", "lens"), _TWO_STREAMS)
+TARGETS |= dict.fromkeys(("wan21", "wan22", "ltxv", "hunyuan-dit", "cosmos-predict2"), _CROSSING)
+TARGETS |= dict.fromkeys(("kandinsky5", "kandinsky5-image"), _CROSSING)
+TARGETS |= dict.fromkeys(("lumina2", "z-image", "z-image-pixel"), _own(r"layers\."))
+TARGETS |= {
+    "anima": _own(r"blocks\.", **{"cross-attention": (_mixing(under=r"blocks\.", of="cross_attn"),)}),
+    "krea2": _own(r"blocks\."),
+    # Of its experts each sees a few of a picture's tokens, and many none.
+    "hidream": {**_own(r"\w+_stream_blocks\."), "style": (_mixing(of=r"attn1|shared_experts|ff_t"),)},
+    "hidream-o1": _own(r"language_model\."),
+    "cosmos": {**TARGETS[OTHER], "cross-attention": (r"blocks\.1\.block\.attn\.to_(?:q|k|v|out)\.0",)},
+    "cogvideox": {**TARGETS[OTHER], "attention": (r"blocks\.\d+\.(?:q|k|v|attn_out)",)},
+}
 
 
 def target_patterns(family: str, targets: str | Iterable[str]) -> tuple[str, ...]:
@@ -103,6 +150,11 @@ def resolve_targets(module: nn.Module, patterns: Iterable[str]) -> list[str]:
             raise ValueError(f"the target pattern {pattern!r} matches no layer of this model: {_what_exists(layers)}")
         found |= matched
     return [name for name in layers if name in found]
+
+
+def exactly(names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that match the layers of these names, and no others."""
+    return tuple(rf"\A{re.escape(name)}" for name in names)
 
 
 def grouped(names: Iterable[str]) -> list[str]:
