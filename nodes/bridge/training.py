@@ -129,7 +129,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
             report = _reporter(run, job, progress)
             return _train(sockets, job, host, dataset, directory, identity, report, painter, saving)
 
-        with _published_if_stopped(run):
+        with _published_if_stopped(run, config.steps):
             training = Training(model, host, dataset, config, run.folder, progress)
             result = train_within_memory(training, lambda: _try(host, dataset), trains)
         with _kept(directory):
@@ -283,7 +283,7 @@ def sample_prompts(config: TrainConfig) -> list[str]:
 
 
 @contextmanager
-def _published_if_stopped(run: Run) -> Iterator[None]:
+def _published_if_stopped(run: Run, steps: int) -> Iterator[None]:
     """Whatever is raised inside, the adapter of the last complete step is in models/loras before it goes on."""
     try:
         yield
@@ -291,7 +291,7 @@ def _published_if_stopped(run: Run) -> Iterator[None]:
         step = steps_of(run.directory.adapter)
         if step:
             try:
-                path = publish(run.directory.adapter, run.stem, finished=False)
+                path = publish(run.directory.adapter, run.stem, finished=step == steps)
                 logger.warning("stopped at step %d: %s is the adapter so far, and the run can be continued", step, path)
             except OSError:  # the one under way matters more
                 logger.exception("the adapter so far stays in %s", run.folder)

@@ -17,6 +17,7 @@ from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
 from .meter import Meter
 from .optimizers import learning_rate_of
+from .samples import find_samples
 from .subject import Subject
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,14 @@ class Recorder:
     @property
     def history(self) -> list[Event]:
         return list(self._log.events)
+
+    def catch_up(self, sample: Callable[[int], Tensor | None] | None) -> None:
+        """Draws the pictures of a continued run's last step, where an interrupt came before they were there."""
+        step, config = self._learner.step, self._config
+        if sample is None or self._run is None or step == 0 or config.sample_every == 0 or step % config.sample_every:
+            return
+        if step not in find_samples(self._run.samples, config.sample_prompts, until=step):
+            self._draw(sample)
 
     def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor | None] | None) -> None:
         """After a step: whatever is due of samples, the report, and the checkpoint."""

@@ -98,6 +98,7 @@ def train(
         )
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
         stack.enter_context(recorder.saving_on_exceptions())
+        recorder.catch_up(sample)
         while learner.step < config.steps:
             step = learner.step
             uniforms = stratified_uniform(config.samples_a_step, generator(config.seed, "log_snr", step))

@@ -47,6 +47,14 @@ def test_every_kind_of_value(tmp_path):
     assert got[1] == tree[1]
 
 
+def test_a_branch_and_a_header_are_read_alone(tmp_path):
+    save_state(tmp_path / "state", {"a": {"b": torch.ones(2), "c": 3}, "d": [torch.zeros(3)]})
+    assert load_state(tmp_path / "state", at=["a", "b"]).tolist() == [1, 1]
+    assert load_state(tmp_path / "state", tensors=False) == {"a": {"b": None, "c": 3}, "d": [None]}
+    with pytest.raises(KeyError):
+        load_state(tmp_path / "state", at=["a", "z"])
+
+
 def test_unknown_values_are_refused(tmp_path):
     with pytest.raises(TypeError, match="cannot save a set in a checkpoint"):
         save_state(tmp_path / "state.safetensors", {"names": {"a"}})

@@ -18,7 +18,7 @@ from stylewright.training.errors import IncompatibleCheckpoint, TrainingError
 from stylewright.training.formats.adapters import load_adapter
 from stylewright.training.formats.state import load_state, save_state
 from stylewright.training.loops import checkpoint
-from stylewright.training.loops.checkpoint import open_run, read_config
+from stylewright.training.loops.checkpoint import RunDirectory, open_run, read_config
 from stylewright.training.loops.config import config_from_table
 
 
@@ -152,6 +152,48 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(run_to, damage):
     assert file.read_bytes() == damaged
 
 
+def test_what_a_checkpoint_says_is_read_from_its_header(run_to, monkeypatch):
+    result, folder = run_to("run", steps=4)
+    stored = RunDirectory(folder).stored()
+    assert (stored.step, stored.continuable, stored.identity["data"]["pictures"]) == (4, True, 3)
+    assert config_from_table(stored.config) == read_config(folder)
+    assert RunDirectory(folder).losses() == result.losses
+    assert RunDirectory(folder.with_name("none")).stored() is None
+
+
+def test_a_run_without_its_state_keeps_its_result(run_to):
+    result, folder = run_to("run", steps=4)
+    run = RunDirectory(folder)
+    run.forget_state()
+    stored = run.stored()
+    assert (stored.step, stored.continuable) == (4, False)
+    assert run.losses() == result.losses and not run.adapter.exists()
+    with pytest.raises(IncompatibleCheckpoint, match="no longer what it takes to continue"):
+        run_to("run", steps=5)
+
+
+def test_an_open_folder_is_trained_in(tmp_path, run_to, make_config, dataset, denoiser):
+    from stylewright.training.loops.train import train
+
+    straight, _ = run_to("straight")
+    with open_run(tmp_path / "open") as run:
+        result = train(denoiser, dataset, make_config(), run_dir=run)
+        with pytest.raises(TrainingError, match="Another process is training"):
+            run_to("open", steps=9)
+    assert result.losses == straight.losses and result.path == run.adapter
+
+
+def test_another_identity_than_ours_decides(run_to, make_dataset, denoiser, make_config, tmp_path):
+    from stylewright.training.loops.train import train
+
+    def go(**identity):
+        return train(denoiser, make_dataset(), make_config(), run_dir=tmp_path / "run", identity=identity)
+
+    go(weights="a")
+    with pytest.raises(IncompatibleCheckpoint, match="weights was 'a' and is 'b'"):
+        go(weights="b")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Folders and disks
 
@@ -201,6 +243,24 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(run_to, monkeypatch, 
     again, _ = run_to("full")
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(folder), tensors_of(tmp_path / "full"), strict=True))
     assert again.losses == straight.losses
+
+
+def test_a_folder_that_is_deleted_under_way_is_made_again(run_to, tmp_path):
+    def delete(event):
+        if event.step == 4:
+            shutil.rmtree(tmp_path / "run")
+
+    result, folder = run_to("run", report=delete)
+    assert result.path.exists() and RunDirectory(folder).stored().step == 8
+
+
+def test_a_log_that_cannot_be_written_says_that_nothing_is_lost(run_to, tmp_path):
+    def block(event):
+        (tmp_path / "run" / "events.jsonl").unlink()
+        (tmp_path / "run" / "events.jsonl").mkdir()
+
+    with pytest.raises(TrainingError, match=r"Cannot write .*events\.jsonl.*can be continued"):
+        run_to("run", report=block)
 
 
 # --------------------------------------------------------------------------------------------------------------------

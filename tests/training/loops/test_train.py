@@ -13,6 +13,7 @@ from stylewright.training.densities import build_density, stratified_uniform
 from stylewright.training.errors import NonFiniteLoss
 from stylewright.training.formats.state import load_state
 from stylewright.training.loops import checkpoint
+from stylewright.training.loops.checkpoint import RunDirectory
 from stylewright.training.loops.events import read_events
 from stylewright.training.loops.train import train
 from stylewright.training.randomness import generator
@@ -288,6 +289,42 @@ def test_what_the_model_raises_stops_after_the_last_complete_step(run_to, denois
     assert (tmp_path / "stopped" / "adapter.safetensors").exists()
     assert read_events(tmp_path / "stopped" / "events.jsonl")[-1].step == 5
     assert_same_run(straight, run_to("stopped"))
+
+
+def test_every_batch_is_a_moment_to_stop(denoiser, dataset, make_config, tmp_path):
+    """Within an optimizer step too: what is saved is the step before."""
+    calls = []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    config = make_config(steps=4, accumulation=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(denoiser, dataset, config, run_dir=tmp_path / "run", check=check)
+    assert RunDirectory(tmp_path / "run").stored().step == 1
+    straight = train(denoiser, dataset, config, run_dir=None)
+    assert train(denoiser, dataset, config, run_dir=tmp_path / "run").losses == straight.losses
+
+
+def test_pictures_that_an_interrupt_came_before_are_drawn_when_the_run_goes_on(run_to, tmp_path):
+    drawn = []
+
+    def stopped(step):
+        raise KeyboardInterrupt
+
+    def sample(step):
+        drawn.append(step)
+        return torch.zeros(1, 3, 8, 8)
+
+    sampled = {"sample_prompts": ("a cat",), "sample_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        run_to("run", sample=stopped, **sampled)
+    run_to("run", sample=sample, **sampled)
+    assert drawn == [3, 6, 8]
+    run_to("run", sample=sample, **sampled)
+    assert drawn == [3, 6, 8]
 
 
 def test_a_torn_update_is_not_saved(run_to, monkeypatch, tmp_path):
