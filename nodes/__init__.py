@@ -7,6 +7,7 @@ from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
 from .lora_loader import StyleLoRALoader
+from .lora_resize import StyleLoRAResize
 from .reference import ReferenceNode
 from .trainer import StyleFriendlySNRTrainer
 
@@ -17,6 +18,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     StyleDensityNode,
     StyleFriendlySNRTrainer,
     StyleLoRALoader,
+    StyleLoRAResize,
 )
 
 

@@ -105,16 +105,11 @@ class StyleLoRALoader(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..training.adapters.groups import read_strengths
         from ..training.formats.description import describe
-        from .bridge.adapters import Strengths, apply_adapter, read_tensors, with_origin  # not at start-up
+        from .bridge.adapters import Strengths, apply_adapter, chosen  # not at start-up
         from .bridge.previews import show_text
         from .bridge.windowed import sentence
 
-        if (lora is None) == (lora_name == NO_FILE):
-            raise ValueError(
-                f"an adapter comes either from a file or from the lora input: got lora_name={lora_name!r} and "
-                f"{'no' if lora is None else 'a'} linked one"
-            )
-        adapter = read_tensors(adapter_path(lora_name)) if lora is None else with_origin(lora)
+        adapter = chosen(None if lora_name == NO_FILE else lora_name, lora)
         sliders = dict(zip(GROUPS, (early, middle, late, attention, mlp), strict=True))
         groups = {group: strength for group, strength in sliders.items() if strength != 1} | read_strengths(
             group_strengths

@@ -30,6 +30,7 @@ def strength_widgets() -> list[io.Input]:
                 min=-10.0,
                 max=10.0,
                 step=0.05,
+                optional=True,
                 advanced=True,
                 tooltip=f"A factor on the strength of {_MEANING[group]}. A layer that is in several groups gets all of "
                 "their factors.",
@@ -41,6 +42,7 @@ def strength_widgets() -> list[io.Input]:
             default="",
             multiline=True,
             placeholder="text = 0.5\ndouble_blocks.0-7 = 0",
+            optional=True,
             advanced=True,
             tooltip="More factors, one line each: a group (text, image, cross, fused, modulation, convolution, other) "
             "or a part of layers' names, where * stands for anything and 0-7 for these numbers.",
@@ -49,6 +51,7 @@ def strength_widgets() -> list[io.Input]:
             "window",
             options=[ALL_LEVELS, STYLE, CUSTOM],
             default=ALL_LEVELS,
+            optional=True,
             advanced=True,
             tooltip="The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at "
             "1024x1024, as Style-Friendly SNR Sampler found.",
@@ -59,6 +62,7 @@ def strength_widgets() -> list[io.Input]:
             min=-WIDEST,
             max=WIDEST,
             step=0.1,
+            optional=True,
             advanced=True,
             tooltip="Of a window of your own: the noisiest level, in log_snr. -20 = no limit, from pure noise on.",
         ),
@@ -68,6 +72,7 @@ def strength_widgets() -> list[io.Input]:
             min=-WIDEST,
             max=WIDEST,
             step=0.1,
+            optional=True,
             advanced=True,
             tooltip="Of a window of your own: the cleanest level, in log_snr. 20 = no limit, down to the last step.",
         ),
@@ -77,6 +82,7 @@ def strength_widgets() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.1,
+            optional=True,
             advanced=True,
             tooltip="Width in log_snr over which the adapter comes and goes at an end of the window. 0 = at once.",
         ),
@@ -86,6 +92,7 @@ def strength_widgets() -> list[io.Input]:
             min=-10.0,
             max=10.0,
             step=0.05,
+            optional=True,
             advanced=True,
             tooltip="Share of the strength that is left outside of the window. 0 = the model as it is without the "
             "adapter.",

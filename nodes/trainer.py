@@ -8,7 +8,7 @@ from ..training.loops.config import MEMORY, TrainConfig
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, fitting, keeping, links, plain
+from .trainer_inputs import advanced, fitting, keeping, links, plain, starting
 from .trainer_samples import sampling
 
 
@@ -26,7 +26,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting()],
+            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting(), *starting()],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
@@ -96,6 +96,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         sample_height: int = 0,
         memory: str = MEMORY[0],
         density: StyleDensity | None = None,
+        init_lora: dict | None = None,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.previews import nothing_to_show
@@ -142,6 +143,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             resume,
             save_intermediate,
             keep_checkpoints,
+            init_lora,
         )
         trained = train_adapter(Sockets(model, clip, vae), job, address_of(cls.hidden))
         strips = draw_strips(trained.samples, config.sample_prompts, steps) if trained.samples else nothing_to_show()

@@ -12,7 +12,7 @@ from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
 from .bridge.resuming import AUTOMATIC, RESUME
-from .sockets import DATASET, DENSITY
+from .sockets import DATASET, DENSITY, LORA
 
 PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))
 
@@ -295,4 +295,16 @@ def fitting() -> list[io.Input]:
                 "blocks. The adapter is the same bit for bit."
             ),
         ),
+    ]
+
+
+def starting() -> list[io.Input]:
+    """Where a run begins."""
+    return [
+        LORA.Input(
+            "init_lora",
+            optional=True,
+            tooltip="An adapter to begin with, of the same method: from Resize Style LoRA, or another trainer. At "
+            "another rank than this node's it is padded, or cut to the nearest of this rank.",
+        )
     ]

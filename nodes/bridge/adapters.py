@@ -23,6 +23,7 @@ from ...training.formats.spelling import read_key
 from ...training.formats.styles import MERGED, styled
 from ...training.windows import Window
 from .families import OTHER, family_of, model_name
+from .files import adapter_path
 from .frozen_layers import ComfyWeights
 from .windowed import act_within
 
@@ -71,6 +72,18 @@ def read_tensors(path: Path) -> AdapterTensors:
     return AdapterTensors(read_adapter(path))
 
 
+def chosen(name: str | None, lora: Mapping[str, Tensor] | None) -> AdapterTensors:
+    """The adapter of a file in models/loras, or of a link. ValueError where there are both or none."""
+    if name is not None and lora is None:
+        return read_tensors(adapter_path(name))
+    if name is None and lora is not None:
+        return with_origin(lora)
+    raise ValueError(
+        f"an adapter comes either from a file or from the lora input: got lora_name={name!r} and "
+        f"{'no' if lora is None else 'a'} linked one"
+    )
+
+
 def with_origin(lora: Mapping[str, Tensor]) -> AdapterTensors:
     """What a link carries: our own trainer's, or the plain dict of ComfyUI's."""
     if isinstance(lora, AdapterTensors):
@@ -91,8 +104,8 @@ def apply_adapter(
 
     ``warn`` takes what turns out while sampling.
     """
-    _refuse_foreign(model, lora)
-    _refuse_non_finite(lora)
+    refuse_foreign(model, lora)
+    refuse_non_finite(lora)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
@@ -265,7 +278,8 @@ def _is_text(key: str) -> bool:
     return spelled is not None and spelled[0].startswith(TEXT_ENCODER)
 
 
-def _refuse_non_finite(lora: AdapterTensors) -> None:
+def refuse_non_finite(lora: AdapterTensors) -> None:
+    """ValueError for an adapter with values that are no numbers."""
     # One by one in float32: torch cannot ask float8 whether it is finite.
     bad = [key for key, tensor in lora.items() if not bool(tensor.float().isfinite().all())]
     if bad:
@@ -274,7 +288,8 @@ def _refuse_non_finite(lora: AdapterTensors) -> None:
         )
 
 
-def _refuse_foreign(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> None:
+def refuse_foreign(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> None:
+    """ValueError for an adapter of another family than the model's."""
     family, theirs = family_of(model), lora.file.family
     if theirs not in (None, OTHER, family) and not (family == OTHER and theirs not in FAMILIES):
         raise ValueError(

@@ -5,6 +5,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -98,6 +99,13 @@ def first_number(pattern: str) -> int:
     """One more than the highest number that ComfyUI finds among the adapters of a filled-in pattern."""
     _, _, counter, _, _ = folder_paths.get_save_image_path(pattern, str(adapter_folder()))
     return counter
+
+
+def free_adapter_path(pattern: str, words: Mapping[str, str]) -> Path:
+    """A file for an adapter that does not exist yet, ``pattern_00001_.safetensors`` and counting; see above."""
+    filled = adapter_pattern(pattern, words)
+    names = (adapter_folder() / f"{filled}_{number:05}_.safetensors" for number in count(first_number(filled)))
+    return next(path for path in names if not path.exists())
 
 
 def refresh_adapter_names() -> None:

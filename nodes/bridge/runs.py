@@ -85,6 +85,7 @@ OF_INPUTS = {
     "model.weights": "the model's weights, or the LoRAs and patches on it, are others",
     "encoders.clip": "the text encoder is another",
     "encoders.vae": "the VAE is another",
+    "start": "the adapter to begin with is another",
 }
 
 

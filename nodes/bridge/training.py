@@ -20,6 +20,7 @@ from ...training.data.encoding import encode
 from ...training.data.items import Item
 from ...training.densities import style_window
 from ...training.errors import TrainingError
+from ...training.formats.starting import Start
 from ...training.hosts.host import Host
 from ...training.loops.checkpoint import RunDirectory
 from ...training.loops.config import TrainConfig
@@ -41,6 +42,7 @@ from .resuming import AUTOMATIC
 from .runs import Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
+from .starting import refuse_windowed, start_from
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Job:
     resume: str = AUTOMATIC  # one of RESUME
     save_intermediate: bool = False  # the adapter of every checkpoint goes to models/loras too
     keep_checkpoints: int = 3  # of finished runs, the newest that can be trained further
+    init_lora: dict | None = None  # an adapter to begin with
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,14 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)
     filled = adapter_pattern(job.file_name, words_of(sockets, config))
+    refuse_windowed(model)
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution)
     config = replace(config, density=config.density.stated_for(host.reference_tokens))
     job = replace(job, config=config)
     layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
     identity = identity_of(host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode)
+    if start := start_from(model, job.init_lora, config.adapter):
+        identity["start"] = start.digest
     choice = choose(job.file_name, job.resume, config, identity)
     if choice.notice:
         logger.info(choice.notice)
@@ -127,7 +133,9 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
             if painter:
                 draw_before(painter, directory, config, progress)
             report = _reporter(run, job, progress)
-            return _train(sockets, job, host, dataset, directory, identity, report, painter, saving)
+            if start:
+                progress.noted(start.said)
+            return _train(sockets, job, host, dataset, directory, identity, report, painter, saving, start)
 
         with _published_if_stopped(run, config.steps):
             training = Training(model, host, dataset, config, run.folder, progress)
@@ -219,6 +227,7 @@ def _train(
     report: Callable[[Event], None],
     painter: Painter | None,
     saving: Saving,
+    start: Start | None,
 ) -> TrainResult:
     config = job.config
     return train(
@@ -236,6 +245,7 @@ def _train(
         unet_layers=host.unet_layers,
         identity=identity,
         saving=saving,
+        start=start,
     )
 
 

@@ -18,6 +18,7 @@ LOCALE = Path(__file__).resolve().parents[2] / "locales" / "en" / "nodeDefs.json
 OPEN = {
     ("StyleDataset", "folder"),
     ("StyleLoRALoader", "lora_name"),
+    ("StyleLoRAResize", "lora_name"),
     ("StyleFriendlySNRTrainer", "sample_sampler"),
     ("StyleFriendlySNRTrainer", "sample_scheduler"),
 }

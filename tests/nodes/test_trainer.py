@@ -52,7 +52,7 @@ def options(**changes):
         "weighting": "none", "offset_noise": 0.0, "save_every": 0, "target_patterns": "",
         "resume": "automatic", "save_intermediate": False, "keep_checkpoints": 3,
         "sample_sampler": "euler", "sample_scheduler": "simple", "sample_seed": 0, "sample_negative": "",
-        "sample_width": 0, "sample_height": 0, "memory": "automatic",
+        "sample_width": 0, "sample_height": 0, "memory": "automatic", "init_lora": None,
     }  # fmt: skip
     assert not changes.keys() - plain.keys()
     return plain | changes
@@ -141,14 +141,38 @@ def test_a_run_gives_an_adapter_that_stock_nodes_take(embedded, dataset, folders
 def test_our_loader_equals_the_stock_one(embedded, dataset, folders):
     from comfy_extras.nodes_train import LoraModelLoader
 
-    from stylewright.nodes.bridge.adapters import apply_adapter, read_tensors
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter, read_tensors
 
     lora, _, path = run(embedded, dataset)
     with torch.inference_mode():
         stock = LoraModelLoader.execute(embedded.model, lora, 0.7).args[0]
-    applied = apply_adapter(embedded.model, None, read_tensors(Path(path)), strength_model=0.7, strength_clip=1.0)
+    adapter = read_tensors(Path(path))
+    applied = apply_adapter(embedded.model, None, adapter, Strengths(model=0.7), warn=pytest.fail)
     assert applied.homeless == ()
     assert torch.equal(predict(applied.model, embedded.clip), predict(stock, embedded.clip))
+
+
+def test_a_run_begins_with_another_adapter(embedded, dataset, folders):
+    lora, _, _ = run(embedded, dataset)
+    short = {"init_lora": lora, "steps": 1, "learning_rate": 1e-30, "file_name": "styles/more"}
+    still, _, path = run(embedded, dataset, **short)
+    assert all(torch.equal(still[key], tensor) for key, tensor in lora.items())
+    assert "test_00001_.safetensors" in read_header(path)["stylewright.started_from"]
+    larger, _, _ = run(embedded, dataset, **short, rank=6)
+    for name in {key.rpartition(".lora_")[0] for key in lora}:
+        before, after = (each[f"{name}.lora_B.weight"] @ each[f"{name}.lora_A.weight"] for each in (lora, larger))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="is a lora adapter, and this run trains lokr"):
+        run(embedded, dataset, **short, method="lokr")
+    with pytest.raises(ValueError, match="the adapter to begin with is another"):
+        run(embedded, dataset, **{**short, "init_lora": larger, "steps": 2}, rank=6, resume="continue")
+
+
+def read_header(path):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def test_the_same_seed_gives_the_same_adapter(embedded, dataset, folders):

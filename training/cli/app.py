@@ -16,6 +16,7 @@ from .density import density
 from .embedded import app as embedded
 from .files import convert, inspect
 from .generate import generate
+from .resize import resize
 from .train import resume, train
 
 DEBUG = "--debug"
@@ -45,7 +46,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, generate, density, inspect, convert):
+for each in (demo, train, resume, generate, density, inspect, convert, resize):
     _add(each)
 
 app.add_typer(embedded, name="embedded")

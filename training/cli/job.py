@@ -29,6 +29,7 @@ class Job:
     alpha_masks: bool = False
     device: str = "auto"
     out: str | None = None  # None = a new folder in runs/
+    init_adapter: str | None = None  # a file to begin with; None = an adapter that does nothing yet
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -42,6 +43,7 @@ HELP = {
     "caption_mode": '"content": captions become "{content} in {style phrase} style"; "full": they are complete.',
     "alpha_masks": "Learn only from the opaque parts of the pictures.",
     "device": '"cpu", "cuda", …; "auto" is CUDA where there is one.',
+    "init_adapter": "An adapter's .safetensors file to begin with, of any common tool and the same method.",
     "out": "Folder of the run; a run that is there is continued. (default: a new one in runs/)",
 }
 
@@ -80,7 +82,9 @@ def located(job: Job) -> Job:
     """The job with absolute paths, so that its run can be continued from anywhere."""
     model = job.model if job.model == "embedded" else str(Path(job.model).expanduser().resolve())
     components = job.components and str(Path(job.components).expanduser().resolve())
-    return replace(job, images=str(Path(job.images).expanduser().resolve()), model=model, components=components)
+    start = job.init_adapter and str(Path(job.init_adapter).expanduser().resolve())
+    images = str(Path(job.images).expanduser().resolve())
+    return replace(job, images=images, model=model, components=components, init_adapter=start)
 
 
 def folder_of(job: Job) -> Path:

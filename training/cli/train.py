@@ -17,6 +17,7 @@ from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
 
 if TYPE_CHECKING:
+    from ..formats.starting import Start
     from ..hosts.host import Host
     from ..loops.events import Event
     from ..loops.train import TrainResult
@@ -143,6 +144,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
     host = load_host(job.model, device_of(job.device), dtype, components=job.components)
     options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
     layers_to_adapt(host.denoiser.module, options.adapter, family=host.denoiser.family)  # before pictures are encoded
+    start = start_at(job.init_adapter, host, options)
     dataset = encode(
         items,
         host,
@@ -172,7 +174,24 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             conditioning=host.training_conditioning,
             base_model=host.name,
             unet_layers=host.unet_layers,
+            start=start,
         )
+
+
+def start_at(path: str | None, host: "Host", options: TrainConfig) -> "Start | None":
+    """The adapter of a file as a run begins with it. ValueError for one of another family or method."""
+    if path is None:
+        return None
+    from ..formats.adapters import load_adapter
+    from ..formats.starting import start_of
+    from .generate import weights_of
+
+    loaded = load_adapter(Path(path), "diffusers", weights=weights_of(host))
+    if loaded.family != host.denoiser.family:
+        raise ValueError(
+            f"{path} is an adapter for {loaded.family or 'an unknown family'}, and the model is {host.denoiser.family}"
+        )
+    return start_of(loaded, options.adapter, Path(path).name)
 
 
 def sampler(host: "Host", options: TrainConfig) -> Any:

@@ -108,7 +108,14 @@ def load_adapter(
     layout or with another tool, for peft alone decides how layers are factored. ValueError names a file that is no
     adapter, or that cannot be had in this layout.
     """
-    file = read_adapter(path)
+    return loaded_from(read_adapter(path), layout, family=family, weights=weights)
+
+
+def loaded_from(
+    file: AdapterFile, layout: str | None = None, *, family: str | None = None, weights: Weights | None = None
+) -> LoadedAdapter:
+    """The same of a file that is open already."""
+    path = file.path
     _refuse_unknown(file)
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")

@@ -43,6 +43,7 @@ class AdapterMetadata:
     date: str = ""  # ISO 8601. "" = none, so that the same run gives the same file
     training: Mapping[str, Any] = field(default_factory=dict)  # the whole configuration
     unet_layers: int = UNET_LAYERS  # residual layers a level of a UNet
+    started_from: str = ""  # the name of the adapter that training began with; "" = none
 
     @property
     def scale(self) -> float:

@@ -11,6 +11,7 @@ from ..data.dataset import Dataset
 from ..denoiser import Denoiser
 from ..densities import Density
 from ..formats.metadata import AdapterMetadata
+from ..formats.starting import Start
 from ..formats.styles import Weights
 from .config import TrainConfig, config_to_table
 
@@ -31,6 +32,7 @@ def subject_of(
     base_model: str,
     unet_layers: int,
     identity: Mapping[str, Any] | None = None,
+    start: Start | None = None,
 ) -> Subject:
     """The subject of a run whose adapter is on ``denoiser.module`` now. ``identity``: None = :func:`identity_of`."""
 
@@ -39,9 +41,13 @@ def subject_of(
         return base_weight(adapted)
 
     pictures = dataset.pictures
+    about = replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers)
+    identity = identity_of(denoiser, dataset) if identity is None else identity
+    if start is not None:
+        about, identity = replace(about, started_from=start.name), {**identity, "start": start.digest}
     return Subject(
-        identity=identity_of(denoiser, dataset) if identity is None else identity,
-        about=replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers),
+        identity=identity,
+        about=about,
         weights=weights,
     )
 

@@ -25,6 +25,7 @@ from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
 from ..formats.keys import UNET_LAYERS
+from ..formats.starting import Start
 from ..noise import gaussian
 from ..randomness import generator
 from ..weightings import check_weighting
@@ -68,6 +69,7 @@ def train(
     unet_layers: int = UNET_LAYERS,  # residual layers a level, where it is a UNet
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options; None = identity_of
+    start: Start | None = None,  # an adapter to begin with; None = one that does nothing yet
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -84,6 +86,9 @@ def train(
         adapter = stack.enter_context(
             attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed, device=device)
         )
+        if start is not None:
+            adapter.load_state_dict(start.joined(adapter.state_dict()))
+            logger.info(start.said)
         stack.enter_context((saving or as_configured(config)).applied(denoiser.module, device))
         learner, meter = Learner(adapter, config), Meter()
         density = law(_tokens(dataset.examples[0].latent, latents_per_token))
@@ -95,6 +100,7 @@ def train(
             base_model=base_model,
             unet_layers=unet_layers,
             identity=identity,
+            start=start,
         )
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
         stack.enter_context(recorder.saving_on_exceptions())

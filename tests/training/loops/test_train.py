@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from stylewright.training.adapters.attach import attached
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset
 from stylewright.training.densities import build_density, stratified_uniform
-from stylewright.training.errors import NonFiniteLoss
+from stylewright.training.errors import IncompatibleCheckpoint, NonFiniteLoss
+from stylewright.training.formats.contents import read_adapter
+from stylewright.training.formats.metadata import read_metadata
+from stylewright.training.formats.starting import Start
 from stylewright.training.formats.state import load_state
 from stylewright.training.loops import checkpoint
 from stylewright.training.loops.checkpoint import RunDirectory
@@ -461,3 +465,22 @@ def test_on_a_gpu(denoiser, dataset, make_config, tmp_path):
     assert learner_of(tmp_path / "bad")["step"] == 3
     again = train(denoiser, dataset, make_config(), run_dir=tmp_path / "bad", device="cuda")
     assert_same_run((straight, tmp_path / "straight"), (again, tmp_path / "bad"))
+
+
+def test_a_run_begins_with_another_adapter_and_continues_with_the_same_one_only(
+    denoiser, dataset, make_config, tmp_path
+):
+    config = make_config(steps=2)
+    learned = train(denoiser, dataset, config, run_dir=None).adapter_state
+    names = tuple(dict.fromkeys(name.partition(".lora_")[0] for name in learned))
+    start = Start("first", learned, names, "begins with first")
+    still = replace(config, steps=1, learning_rate=1e-30)
+    assert_same(train(denoiser, dataset, still, run_dir=tmp_path / "still", start=start).adapter_state, learned)
+    run = tmp_path / "run"
+    train(denoiser, dataset, config, run_dir=run, start=start)
+    further = replace(config, steps=4)
+    straight = train(denoiser, dataset, further, run_dir=None, start=start)
+    assert_same(train(denoiser, dataset, further, run_dir=run, start=start).adapter_state, straight.adapter_state)
+    with pytest.raises(IncompatibleCheckpoint, match="start was"):
+        train(denoiser, dataset, further, run_dir=run)
+    assert read_metadata(read_adapter(run / "adapter.safetensors").header, "it").started_from == "first"
