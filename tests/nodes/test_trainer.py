@@ -153,6 +153,8 @@ def test_our_loader_equals_the_stock_one(embedded, dataset, folders):
 
 
 def test_a_run_begins_with_another_adapter(embedded, dataset, folders):
+    from stylewright.training.errors import IncompatibleCheckpoint
+
     lora, _, _ = run(embedded, dataset)
     short = {"init_lora": lora, "steps": 1, "learning_rate": 1e-30, "file_name": "styles/more"}
     still, _, path = run(embedded, dataset, **short)
@@ -164,7 +166,7 @@ def test_a_run_begins_with_another_adapter(embedded, dataset, folders):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="is a lora adapter, and this run trains lokr"):
         run(embedded, dataset, **short, method="lokr")
-    with pytest.raises(ValueError, match="the adapter to begin with is another"):
+    with pytest.raises(IncompatibleCheckpoint, match="the adapter to begin with is another"):
         run(embedded, dataset, **{**short, "init_lora": larger, "steps": 2}, rank=6, resume="continue")
 
 
