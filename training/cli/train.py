@@ -14,6 +14,7 @@ from .flags import flags_of, merge, with_flags
 from .job import HELP as JOB_HELP
 from .job import Job, folder_of, keep, located, read_toml, recall, split
 from .output import Json, show
+from .planning import planned
 from .progress import Update, patient_interrupt, progress_bar
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
         progress=lambda done, total: update("reading", done, total),
     )
     keep(job, folder)
+    saving = planned(host, dataset, options, folder)
     with patient_interrupt() as check:
 
         def report(event: "Event") -> None:
@@ -175,6 +177,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             base_model=host.name,
             unet_layers=host.unet_layers,
             start=start,
+            saving=saving,
         )
 
 

@@ -1,6 +1,7 @@
 """A run's folder: what it leaves behind, and how it is opened again.
 
     config.json              the resolved configuration
+    plan.json                what the run was expected to take of memory and time, by whoever planned it
     events.jsonl             one line a report
     checkpoint.safetensors   everything needed to continue exactly
     adapter.safetensors      the adapter as of that checkpoint

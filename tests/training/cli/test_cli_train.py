@@ -29,6 +29,7 @@ def test_train_inspect_convert_and_generate(workplace, capsys):
         "config.json",
         "events.jsonl",
         "job.json",
+        "plan.json",
     ]
 
     report = trained(capsys, "inspect", result["adapter"])
