@@ -3,7 +3,6 @@
 The tests assert it, and ``benchmarks/families.py`` makes a table of it.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from stylewright.nodes.dataset import StyleDatasetNode
 from stylewright.nodes.trainer import StyleFriendlySNRTrainer
 from stylewright.training.adapters.attach import Adapter, attached
 from stylewright.training.adapters.methods import AdapterConfig
-from stylewright.training.adapters.targets import exactly
+from stylewright.training.adapters.targets import exactly, resolve_targets, target_patterns
 from stylewright.training.formats.adapters import load_adapter
-from stylewright.training.gradients import differentiable, repeated_blocks
+from stylewright.training.gradients import differentiable
 from stylewright.training.predictions import to_x0_eps
 
 STEPS = 3
@@ -274,21 +273,21 @@ def answer_of_comfyui(parts: Parts, log_snr: float) -> tuple[Tensor, Tensor]:
         guider.set_cfg(1.0)
         empty = torch.zeros_like(x[:, :, None] if is_film(parts.model) else x)
         sampler = comfy.samplers.KSAMPLER(call_once)
-        guider.sample(empty, empty, sampler, torch.tensor([float(sigma), 0.0]), disable_pbar=True)
+        # A second time like the first: where a mean velocity is asked for, it is the velocity here.
+        guider.sample(empty, empty, sampler, sigma.repeat(2), disable_pbar=True)
     return found[0].reshape(x.shape).clone() / counted.data_scale, ours
 
 
 def tokens_of(parts: Parts, size: tuple[int, int]) -> int:
-    """The longest sequence that the network's repeated blocks are given for latents of a size."""
-    lengths = []
+    """The longest sequence that the network's attention layers are given for latents of a size."""
+    lengths, network = [], parts.model.model.diffusion_model
 
-    def note(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 2]
-        lengths.extend(math.prod(value.shape[1:-1]) for value in given if value.is_floating_point())
+    def note(layer: nn.Module, args: tuple) -> None:
+        lengths.append(args[0].numel() // args[0].shape[-1])
 
     with ExitStack() as stack, torch.inference_mode(), torch.no_grad():
-        for block in repeated_blocks(parts.model.model.diffusion_model):
-            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for name in resolve_targets(network, target_patterns(family_of(parts.model), "attention")):
+            stack.callback(network.get_submodule(name).register_forward_pre_hook(note).remove)
         stack.enter_context(training_session(parts.model))
         prompts = PromptTable(parts.clip)
         x_t = torch.zeros(1, TINY[parts.family].channels, *size)
