@@ -43,7 +43,7 @@ class StyleDatasetNode(io.ComfyNode):
                     default="watercolor painting",
                     tooltip=(
                         "The words that name the style in every caption and later in your prompts: "
-                        "'{content} in {style phrase} style'."
+                        "'(content) in (style phrase) style'."
                     ),
                 ),
                 io.Int.Input(
@@ -63,7 +63,7 @@ class StyleDatasetNode(io.ComfyNode):
                     default=NO_FOLDER,
                     tooltip=(
                         "A folder below ComfyUI's input folder, with cat.txt beside cat.png, or with a .jsonl file of "
-                        "{file, caption}. Masks are cat_mask.png."
+                        "file and caption. Masks are cat_mask.png."
                     ),
                 ),
                 io.Combo.Input(

@@ -66,7 +66,7 @@ class StyleLoRALoader(io.ComfyNode):
                 io.Clip.Output("clip", tooltip="The text encoder, where one is linked."),
                 io.String.Output(
                     "style_phrase",
-                    tooltip="What the style is called in prompts, '{content} in {style phrase} style'. "
+                    tooltip="What the style is called in prompts, '(content) in (style phrase) style'. "
                     "Empty for files of other tools.",
                 ),
                 io.String.Output("info", tooltip="What the adapter is and how it was made, and how it acts here."),

@@ -80,6 +80,17 @@ def test_the_locale_says_what_the_schemas_say():
     assert json.loads(LOCALE.read_text(encoding="utf-8")) == found
 
 
+def test_no_word_of_the_locale_is_a_message_format():
+    """The page compiles these texts with vue-i18n, where braces, bars and at signs mean something and may fail."""
+
+    def texts(value):
+        return [value] if isinstance(value, str) else [text for each in value.values() for text in texts(each)]
+
+    found = texts(json.loads(LOCALE.read_text(encoding="utf-8")))
+    assert len(found) > 100
+    assert [text for text in found if set(text) & set("{}|@")] == []
+
+
 def test_ids_are_literals():
     """ComfyUI-Manager finds nodes by reading the source."""
     import ast
