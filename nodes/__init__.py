@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .bridge.board import serve_runs
+from .combine import CombineDatasetsNode
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
@@ -15,6 +16,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     EmbeddedModelNode,
     ReferenceNode,
     StyleDatasetNode,
+    CombineDatasetsNode,
     StyleDensityNode,
     StyleFriendlySNRTrainer,
     StyleLoRALoader,

@@ -1,11 +1,18 @@
 """Pictures and captions in, a dataset out."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..training.data.captions import CAPTION_MODES, Caption, complete
-from ..training.data.items import Item, check_pictures, items_from_memory, read_folder
-from .bridge.files import input_folder, picture_folder, picture_folders
+from ..training.data.captions import CAPTION_MODES
+from ..training.data.concepts import Concept
+from ..training.data.encoding import spellings
+from ..training.data.items import check_pictures, read_folder
+from .bridge.conditioning import encoded_captions
+from .bridge.files import files_of, input_folder, picture_folder, picture_folders
+from .pictures import lines, linked_items, one_for_all, sizes
 from .sockets import DATASET, StyleDataset
 
 NO_FOLDER = "[from the images input]"
@@ -29,7 +36,10 @@ class StyleDatasetNode(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="One mask a picture, of its size: white is learned from, black is not.",
+                    tooltip=(
+                        "One mask a picture: white is learned from, black is not. What you paint in the mask editor is "
+                        "white; for pictures with a transparent background switch invert_masks on."
+                    ),
                 ),
                 io.String.Input(
                     "captions",
@@ -71,7 +81,63 @@ class StyleDatasetNode(io.ComfyNode):
                     options=list(CAPTION_MODES),
                     default="content",
                     advanced=True,
-                    tooltip="content: captions say what is shown, and the style phrase is added. full: they have it.",
+                    tooltip=(
+                        "content: captions say what is shown, and the style phrase is added. full: they have it. "
+                        "plain: they are taken as they are, as for regularisation pictures in no style."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip=(
+                        "Captions as you encoded them, instead of texts: one for all pictures, or one a picture, as a "
+                        "list or joined by Conditioning (Combine)."
+                    ),
+                ),
+                io.Int.Input(
+                    "repeats",
+                    default=1,
+                    min=1,
+                    max=10_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How often these pictures are seen while those of other datasets with 1 are seen once.",
+                ),
+                io.String.Input(
+                    "more_resolutions",
+                    default="",
+                    placeholder="512, 768",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Further sizes at which the same pictures are trained, beside resolution. Empty: none.",
+                ),
+                io.Int.Input(
+                    "caption_orders",
+                    default=1,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "In how many orders the tags between a caption's commas are trained, the written one among "
+                        "them. 1: as written."
+                    ),
+                ),
+                io.Int.Input(
+                    "keep_tags",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many tags stay in front whatever the order.",
+                ),
+                io.Boolean.Input(
+                    "invert_masks",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Learn from the black parts of linked masks: Load Image gives what is opaque as black.",
                 ),
             ],
             outputs=[
@@ -85,8 +151,8 @@ class StyleDatasetNode(io.ComfyNode):
         """A folder is read again when a file of it changes."""
         if not folder or folder[0] == NO_FOLDER:
             return None
-        files = sorted(path for path in picture_folder(folder[0]).iterdir() if path.is_file())
-        return [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+        files = files_of(picture_folder(folder[0]))
+        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
 
     @classmethod
     def execute(
@@ -98,45 +164,53 @@ class StyleDatasetNode(io.ComfyNode):
         caption_mode: list[str],
         images: list[Tensor] | None = None,
         masks: list[Tensor] | None = None,
+        conditioning: list[list] | None = None,
+        repeats: Sequence[int] = (1,),
+        more_resolutions: Sequence[str] = ("",),
+        caption_orders: Sequence[int] = (1,),
+        keep_tags: Sequence[int] = (0,),
+        invert_masks: Sequence[bool] = (False,),
     ) -> io.NodeOutput:
-        phrase = style_phrase[0].strip()
-        if folder[0] == NO_FOLDER:
-            items = linked_items(images, masks, captions)
+        answers = {}
+        concept = Concept(
+            style_phrase=style_phrase[0].strip(),
+            caption_mode=caption_mode[0],
+            resolutions=sizes(resolution[0], more_resolutions[0]),
+            orders=caption_orders[0],
+            keep=keep_tags[0],
+        )
+        if folder[0] != NO_FOLDER:
+            refuse_both(images, masks, conditioning, captions, folder[0])
+            items = read_folder(picture_folder(folder[0]), repeats=repeats[0], concept=concept, within=input_folder())
         else:
-            refuse_both(images, masks, captions, folder[0])
-            items = read_folder(picture_folder(folder[0]), within=input_folder())
+            if conditioning is not None:
+                refuse_texts(captions, caption_orders[0])
+                encoded = encoded_captions(conditioning)
+                answers, concept = encoded.answers, replace(concept, caption_mode="plain")
+                texts = one_for_all(encoded.captions)
+            else:
+                texts = lines(captions)
+            items = linked_items(images, masks, texts, inverted=invert_masks[0], repeats=repeats[0], concept=concept)
         check_pictures(items)
-        texts = complete([Caption(item.name, item.caption, phrase) for item in items], caption_mode[0])
-        dataset = StyleDataset(tuple(items), phrase, caption_mode[0], resolution[0])
-        return io.NodeOutput(dataset, "\n".join(texts))
+        texts = spellings(items, concept.style_phrase or "", caption_mode[0], seed=0)
+        dataset = StyleDataset(
+            tuple(items), concept.style_phrase or "", caption_mode[0], resolution[0], answers=answers
+        )
+        return io.NodeOutput(dataset, "\n".join(written for written, *_ in texts))
 
 
-def linked_items(images: list[Tensor] | None, masks: list[Tensor] | None, captions: list[str]) -> list[Item]:
-    """Items of linked batches (b, h, w, c) with masks (b, h, w). ValueError where their numbers differ."""
-    pictures = [picture[..., :3].movedim(-1, 0) for batch in images or [] for picture in batch]
-    if not pictures:
-        raise ValueError("there are no pictures: link some to 'images', or choose a folder")
-    white = None if masks is None else [mask for batch in masks for mask in _batched(batch)]
-    return items_from_memory(pictures, lines(captions), white)
+def refuse_texts(captions: Sequence[str], orders: int) -> None:
+    """ValueError where captions come from conditioning, and something is asked of texts."""
+    if any(text.strip() for text in captions):
+        raise ValueError("the captions come from 'conditioning', so 'captions' would be ignored: empty them")
+    if orders > 1:
+        raise ValueError("the captions come from 'conditioning', which has no tags to shuffle: set caption_orders to 1")
 
 
-def _batched(mask: Tensor) -> Tensor:
-    return mask if mask.ndim == 3 else mask[None]
-
-
-def lines(captions: list[str]) -> list[str] | str:
-    """One caption a picture: a list as it came, or the lines of one text. A single line is the caption of all."""
-    if len(captions) > 1:
-        return captions
-    texts = [line for line in captions[0].splitlines() if line.strip()]
-    if not texts:
-        raise ValueError("there are no captions: write what each picture shows, one line a picture")
-    return texts[0] if len(texts) == 1 else texts
-
-
-def refuse_both(images: object, masks: object, captions: list[str], folder: str) -> None:
+def refuse_both(images: object, masks: object, conditioning: object, captions: Sequence[str], folder: str) -> None:
     """ValueError where a folder and links or captions are both given: one of them would be ignored."""
-    given = [name for name, value in (("images", images), ("masks", masks)) if value is not None]
+    links = (("images", images), ("masks", masks), ("conditioning", conditioning))
+    given = [name for name, value in links if value is not None]
     given += ["captions"] if any(text.strip() for text in captions) else []
     if given:
         raise ValueError(

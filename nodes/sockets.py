@@ -1,9 +1,12 @@
 """What travels over our own links."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from comfy_api.latest import io
 
+from ..training.data.concepts import PRIOR_SHARE
 from ..training.data.items import Item
 from ..training.densities import DensityConfig
 
@@ -21,7 +24,9 @@ class StyleDataset:
     items: tuple[Item, ...]
     style_phrase: str
     caption_mode: str
-    resolution: int  # pixels: pictures are trained at about resolution² of them
+    resolution: int  # pixels: sample pictures have about resolution² of them; items state their own sizes
+    answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
+    prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The trainer: a style from pictures, by the law of the noise level."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..training.adapters.methods import AdapterConfig
@@ -7,8 +9,9 @@ from ..training.densities import DensityConfig
 from ..training.loops.config import MEMORY, TrainConfig
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
+from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, fitting, keeping, links, plain, starting
+from .trainer_inputs import advanced, fitting, given, keeping, links, plain, starting
 from .trainer_samples import sampling
 
 
@@ -26,7 +29,8 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting(), *starting()],
+            is_input_list=True,  # latents and conditioning of several sizes come as lists
+            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting(), *starting(), *given()],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
@@ -41,6 +45,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         )
 
     @classmethod
+    @one_value_each("latents", "conditioning")
     def fingerprint_inputs(cls, resume: str = AUTOMATIC, file_name: str = "", **unused: object) -> object:
         """A run that is used as it is may have learned more since; otherwise the inputs say everything."""
         if resume != AS_IT_IS:
@@ -50,12 +55,14 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         return [(run.name, last_written(run)) for run, _ in runs_of(file_name)]
 
     @classmethod
+    @one_value_each("latents", "conditioning")
     def execute(
         cls,
         model: object,
-        clip: object,
-        vae: object,
-        dataset: StyleDataset,
+        clip: object = None,
+        vae: object = None,
+        dataset: StyleDataset | None = None,
+        *,
         steps: int,
         learning_rate: float,
         rank: int,
@@ -97,12 +104,15 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         memory: str = MEMORY[0],
         density: StyleDensity | None = None,
         init_lora: dict | None = None,
+        latents: list[dict] | None = None,
+        conditioning: list[list] | None = None,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.previews import nothing_to_show
         from .bridge.training import Job, Sockets, train_adapter
         from .sample_strip import draw_strips
 
+        dataset = dataset_of(model, dataset, latents, conditioning)
         patterns = tuple(line.strip() for line in target_patterns.splitlines() if line.strip())
         config = TrainConfig(
             steps=steps,
@@ -144,7 +154,29 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             save_intermediate,
             keep_checkpoints,
             init_lora,
+            answers=dataset.answers,
+            prior_share=dataset.prior_share,
         )
         trained = train_adapter(Sockets(model, clip, vae), job, address_of(cls.hidden))
         strips = draw_strips(trained.samples, config.sample_prompts, steps) if trained.samples else nothing_to_show()
         return io.NodeOutput(trained.tensors, {"loss": trained.losses}, str(trained.path), strips, ui=trained.ui)
+
+
+def dataset_of(
+    model: Any, dataset: StyleDataset | None, latents: list[dict] | None, conditioning: list[list] | None
+) -> StyleDataset:
+    """What is trained on: the dataset, or latents with their conditioning. ValueError where it is neither or both."""
+    if dataset is not None:
+        given = [name for name, value in (("latents", latents), ("conditioning", conditioning)) if value is not None]
+        if given:
+            raise ValueError(
+                f"there is a dataset, so {' and '.join(given)} would be ignored: unlink one of them. For pictures with "
+                "captions that you encoded link the conditioning to Style Dataset"
+            )
+        return dataset
+    if latents is None or conditioning is None:
+        raise ValueError("there is nothing to train on: link a dataset, or latents and conditioning")
+    from .bridge.given import given_items, side_of
+
+    items, answers = given_items(latents, conditioning)
+    return StyleDataset(tuple(items), "", "plain", side_of(items, model), answers=answers)

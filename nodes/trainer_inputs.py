@@ -24,9 +24,27 @@ def links() -> list[io.Input]:
             "model",
             tooltip="What is trained. LoRAs and patches of nodes before count as part of it, and it stays as is.",
         ),
-        io.Clip.Input("clip", tooltip="The model's text encoder: captions are encoded once, before training."),
-        io.Vae.Input("vae", tooltip="The model's VAE: pictures are encoded once, before training."),
-        DATASET.Input("dataset", tooltip="The pictures and captions, from Style Dataset."),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip=(
+                "The model's text encoder: captions are encoded once, before training. Only where all captions are "
+                "conditioning and no sample pictures are drawn there need be none."
+            ),
+        ),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip=(
+                "The model's VAE: pictures are encoded once, before training. Only where latents are linked and no "
+                "sample pictures are drawn there need be none."
+            ),
+        ),
+        DATASET.Input(
+            "dataset",
+            optional=True,
+            tooltip="The pictures and captions, from Style Dataset or Combine Style Datasets.",
+        ),
         DENSITY.Input(
             "density",
             optional=True,
@@ -307,4 +325,26 @@ def starting() -> list[io.Input]:
             tooltip="An adapter to begin with, of the same method: from Resize Style LoRA, or another trainer. At "
             "another rank than this node's it is padded, or cut to the nearest of this rank.",
         )
+    ]
+
+
+def given() -> list[io.Input]:
+    """The sockets for what somebody has encoded already."""
+    return [
+        io.Latent.Input(
+            "latents",
+            optional=True,
+            tooltip=(
+                "Instead of a dataset: encoded pictures, one batch or a list of batches of any sizes. A noise mask is "
+                "where it is learned."
+            ),
+        ),
+        io.Conditioning.Input(
+            "conditioning",
+            optional=True,
+            tooltip=(
+                "The captions of these latents as you encoded them: one for all, or one a latent, as a list or joined "
+                "by Conditioning (Combine)."
+            ),
+        ),
     ]

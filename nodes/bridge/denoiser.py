@@ -8,6 +8,7 @@ recovered: the loss belongs there, not on x0, whose error grows with the noise.
 import logging
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sampler_helpers
@@ -81,12 +82,12 @@ class ComfyDenoiser:
     @torch.no_grad()
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
         noise = noise[:, :, None] if self._film else noise
-        params = dict(self._prompts.answer(prompt))
+        # What comfy.samplers.encode_model_conds adds; it too takes every latent for 8 times smaller than the picture.
+        params: dict[str, Any] = {"device": noise.device, "noise": noise, "latent_image": torch.zeros_like(noise)}
+        params |= {"height": noise.shape[-2] * 8, "width": noise.shape[-1] * 8, "prompt_type": "positive"}
         if guidance is not None:
             params["guidance"] = guidance
-        # What comfy.samplers.encode_model_conds adds; it too takes every latent for 8 times smaller than the picture.
-        params |= {"device": noise.device, "noise": noise, "latent_image": torch.zeros_like(noise)}
-        params |= {"height": noise.shape[-2] * 8, "width": noise.shape[-1] * 8, "prompt_type": "positive"}
+        params |= self._prompts.answer(prompt)  # a conditioning that a user made may state guidance and size itself
         conds = self._model.model.extra_conds(**params)
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
 

@@ -10,6 +10,8 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ...training.data.items import read_folder
+
 ADAPTERS = "loras"  # folder_paths' name for it
 FORBIDDEN = set('<>:"|?*')  # in names of files on Windows
 RUNS = "stylewright"  # under ComfyUI's output folder
@@ -47,6 +49,17 @@ def picture_folder(name: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name!r} in ComfyUI's input folder, {base}")
     return folder
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that a folder's dataset is made of: its own, and those that its list names."""
+    own = {path for path in folder.iterdir() if path.is_file()}
+    try:
+        items = read_folder(folder, within=input_folder())
+    except ValueError:  # the node says what is wrong
+        return sorted(own)
+    named = {path for item in items for path in (item.image, item.mask) if isinstance(path, Path)}
+    return sorted(own | named)
 
 
 def adapter_pattern(pattern: str, words: Mapping[str, str]) -> str:

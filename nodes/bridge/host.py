@@ -1,5 +1,7 @@
 """MODEL, CLIP and VAE as one host of the training core."""
 
+from collections.abc import Mapping
+
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
@@ -28,16 +30,22 @@ TRAINING_GUIDANCE = 1.0
 
 
 def comfy_host(
-    model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, *, resolution: int
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP | None,  # None = all captions are among ``answers``
+    vae: comfy.sd.VAE | None,  # None = all pictures are latents already
+    *,
+    resolution: int,
+    answers: Mapping[str, dict] | None = None,  # what captions stand for that a user has encoded
 ) -> Host:
     """The host of three sockets. Encoding and decoding work at any time, the denoiser inside a training session.
 
     Raises ValueError for a model that does not draw pictures from words, and a VAE that does not fit the model.
     """
     refuse_untrainable(model)
-    _refuse_foreign_vae(model, vae)
-    prompts = PromptTable(clip)
-    pixels = vae.spacial_compression_encode()
+    if vae is not None:
+        _refuse_foreign_vae(model, vae)
+    prompts = PromptTable(clip, answers or {})
+    pixels = pixels_per_latent(model) if vae is None else vae.spacial_compression_encode()
     distilled = is_guidance_distilled(model)
     form, levels, film = latent_format(model), noise_levels(model), is_film(model)
     denoiser = ComfyDenoiser(model, prompts)
@@ -45,14 +53,14 @@ def comfy_host(
     def encode_images(images: Tensor) -> Tensor:
         with torch.inference_mode():
             # One by one: a video VAE takes a batch for the frames of one film.
-            latents = [vae.encode(image[None].movedim(1, -1)) for image in images]
-            latents = torch.cat([form.process_in(latent).float() for latent in latents]) / levels.data_scale
-        return settle(latents[:, :, 0] if latents.ndim == 5 else latents)
+            encoder = _required(vae)
+            latents = [encoder.encode(image[None].movedim(1, -1)) for image in images]
+        return torch.cat([into_model(latent, model) for latent in latents])
 
     def decode_latents(latents: Tensor) -> Tensor:
         with torch.inference_mode():
             latents = (latents[:, :, None] if film else latents).float() * levels.data_scale
-            pictures = vae.decode(form.process_out(latents.clone()))  # some write in place
+            pictures = _required(vae).decode(form.process_out(latents.clone()))  # some write in place
             pictures = pictures.flatten(0, -4).movedim(-1, 1).float().clamp(0, 1)
         return settle(pictures)
 
@@ -77,6 +85,25 @@ def comfy_host(
         unet_layers=unet_layers(model),
         schedule=schedule,
     )
+
+
+def _required(vae: comfy.sd.VAE | None) -> comfy.sd.VAE:
+    if vae is None:
+        raise ValueError("there is no VAE: link the one that belongs to the model")
+    return vae
+
+
+def pixels_per_latent(model: comfy.model_patcher.ModelPatcher) -> int:
+    """Side in pixels of a position of the latents that a model works on."""
+    return latent_format(model).spacial_downscale_ratio
+
+
+def into_model(latents: Tensor, model: comfy.model_patcher.ModelPatcher) -> Tensor:
+    """Latents (b, c, h, w) or of one frame (b, c, 1, h, w) as LATENT sockets have them, in the model's space."""
+    with torch.inference_mode():
+        latents = latents[:, :, None] if is_film(model) and latents.ndim == 4 else latents
+        inside = latent_format(model).process_in(latents.clone()).float() / noise_levels(model).data_scale
+    return settle(inside[:, :, 0] if inside.ndim == 5 else inside)
 
 
 def _refuse_foreign_vae(model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE) -> None:

@@ -16,7 +16,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...training.data.cache import digest
-from ...training.data.items import Item
+from ...training.data.items import Encoded, Item
 from ...training.denoiser import Denoiser
 from ...training.loops.subject import kind_of
 from .families import model_name
@@ -28,19 +28,25 @@ LENGTH = 12  # hexadecimal digits of a hash
 def identity_of(
     denoiser: Denoiser,
     model: comfy.model_patcher.ModelPatcher,
-    clip: comfy.sd.CLIP,
-    vae: comfy.sd.VAE,
+    clip: comfy.sd.CLIP | None,
+    vae: comfy.sd.VAE | None,
     items: Sequence[Item],
     caption_mode: str,
+    prior_share: float,
 ) -> dict[str, Any]:
     """The identity of a run on these, for :func:`~stylewright.training.loops.train.train`."""
     return {
         "model": {**kind_of(denoiser), "name": model_name(model), "weights": digest_of_model(model)},
         "encoders": {
-            "clip": _hash(clip.layer_idx, digest_of_model(clip.patcher)),
-            "vae": digest_of_model(vae.patcher),
+            "clip": "none" if clip is None else _hash(clip.layer_idx, digest_of_model(clip.patcher)),
+            "vae": "none" if vae is None else digest_of_model(vae.patcher),
         },
-        "data": {"pictures": len(items), "caption_mode": caption_mode, "fingerprint": digest_of_items(items)},
+        "data": {
+            "pictures": len(items),
+            "caption_mode": caption_mode,
+            "prior_share": prior_share,
+            "fingerprint": digest_of_items(items),
+        },
     }
 
 
@@ -53,11 +59,17 @@ def digest_of_model(model: comfy.model_patcher.ModelPatcher) -> str:
 def digest_of_items(items: Iterable[Item]) -> str:
     """Of pictures, masks and captions. ValueError names a file that cannot be read."""
     rows = ([field.name, getattr(item, field.name)] for item in items for field in fields(item) if field.name != "name")
-    return _hash(*(_content(value) if isinstance(value, Path) else value for row in rows for value in row))
+    return _hash(*(_substance(value) for row in rows for value in row))
 
 
 def _hash(*parts: Any) -> str:
     return digest(*(part if isinstance(part, Tensor | str | int) else repr(part) for part in parts))[:LENGTH]
+
+
+def _substance(value: Any) -> Any:
+    if isinstance(value, Path):
+        return _content(value)
+    return value.latent if isinstance(value, Encoded) else value
 
 
 def _content(file: Path) -> str:

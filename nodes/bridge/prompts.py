@@ -4,6 +4,8 @@ An encoder's answer is a tensor with any number of tokens plus a dict whose entr
 core moves rows of tensors about, so it is handed row numbers, and the answers stay here.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import comfy.sd
@@ -19,15 +21,18 @@ GUIDANCE = "guidance"  # (b,) the distilled guidance of FLUX.1-dev and its kin
 class PromptTable:
     """The prompts that a run has asked for, each encoded once."""
 
-    def __init__(self, clip: comfy.sd.CLIP) -> None:
+    def __init__(self, clip: comfy.sd.CLIP | None, answers: Mapping[str, dict] = MappingProxyType({})) -> None:
+        """``answers`` are there from the start: conditioning that a user encoded, under the captions it has."""
         self._clip = clip
-        self._rows: dict[str, int] = {}
-        self._answers: list[dict] = []
+        self._rows: dict[str, int] = {caption: row for row, caption in enumerate(answers)}
+        self._answers: list[dict] = list(answers.values())
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Rows (b,) for prompts, encoding the new ones."""
         for prompt in prompts:
             if prompt not in self._rows:
+                if self._clip is None:
+                    raise ValueError("there is no text encoder for it: link the CLIP that belongs to the model")
                 self._answers.append(_encode(self._clip, prompt))
                 self._rows[prompt] = len(self._answers) - 1
         return {PROMPT: torch.tensor([self._rows[prompt] for prompt in prompts])}

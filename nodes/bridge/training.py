@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...training.adapters.attach import layers_to_adapt
-from ...training.data.captions import styled
+from ...training.data.captions import contains, styled
+from ...training.data.concepts import PRIOR_SHARE, STYLE
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
@@ -32,6 +33,7 @@ from .adapters import AdapterTensors, read_tensors
 from .board import Address
 from .families import latents_per_token, model_name
 from .files import adapter_pattern
+from .given import for_model, require_sockets
 from .host import comfy_host
 from .identity import identity_of
 from .memory import Training, leave_device, train_within_memory
@@ -52,8 +54,8 @@ class Sockets:
     """The user's model, loaded by whatever nodes."""
 
     model: comfy.model_patcher.ModelPatcher
-    clip: comfy.sd.CLIP
-    vae: comfy.sd.VAE
+    clip: comfy.sd.CLIP | None  # None where captions are conditioning
+    vae: comfy.sd.VAE | None  # None where pictures are latents
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Job:
     save_intermediate: bool = False  # the adapter of every checkpoint goes to models/loras too
     keep_checkpoints: int = 3  # of finished runs, the newest that can be trained further
     init_lora: dict | None = None  # an adapter to begin with
+    answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
+    prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,14 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     sockets = replace(sockets, model=model)
     filled = adapter_pattern(job.file_name, words_of(sockets, config))
     refuse_windowed(model)
-    host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution)
+    require_sockets(sockets.clip, sockets.vae, job.items, job.answers, config)
+    host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution, answers=job.answers)
     config = replace(config, density=config.density.stated_for(host.reference_tokens))
     job = replace(job, config=config)
     layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
-    identity = identity_of(host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode)
+    identity = identity_of(
+        host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode, job.prior_share
+    )
     if start := start_from(model, job.init_lora, config.adapter):
         identity["start"] = start.digest
     choice = choose(job.file_name, job.resume, config, identity)
@@ -116,18 +123,21 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     run = choice.run or new_run(job.file_name, filled)
     with opened(run) as directory:
         dataset = encode(
-            job.items,
+            for_model(job.items, model),
             host,
             resolution=resolution,
             style_phrase=config.style_phrase,
             caption_mode=job.caption_mode,
             caption_dropout=config.caption_dropout,
+            prior_share=job.prior_share,
+            seed=config.seed,
             progress=progress.encoded,
         )
         painter = painter_of(sockets, job, host, progress)
         latent = dataset.examples[0].latent
         progress.opened(directory, config.sample_prompts, style_window(config.density, tokens_of(latent, model)))
-        leave_device(sockets.clip.patcher, sockets.vae.patcher)  # nothing needs them but sample pictures the VAE
+        encoders = [socket.patcher for socket in (sockets.clip, sockets.vae) if socket is not None]
+        leave_device(*encoders)  # nothing needs them but sample pictures the VAE
 
         def trains(saving: Saving) -> TrainResult:
             if painter:
@@ -170,8 +180,9 @@ def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgres
     """
     if not (job.config.sample_every and job.config.sample_prompts):
         return None
+    assert sockets.clip is not None and sockets.vae is not None, "require_sockets asked for them"
     brush = job.brush.sized(host.resolution, host.pixels_per_token, host.name)
-    positives = [conditioning_of(sockets.clip, prompt) for prompt in sample_prompts(job.config)]
+    positives = [conditioning_of(sockets.clip, prompt) for prompt in sample_prompts(job)]
     subject = Subject(positives, conditioning_of(sockets.clip, job.negative))
     return Painter(sockets.model, sockets.vae, lambda: subject, brush, progress)
 
@@ -286,10 +297,19 @@ def _kept(run: RunDirectory) -> Iterator[None]:
         ) from error
 
 
-def sample_prompts(config: TrainConfig) -> list[str]:
-    """What is drawn while training: the user's prompts, in the style's own words."""
-    phrase = config.style_phrase
-    return [styled(prompt, phrase) if phrase else prompt for prompt in config.sample_prompts]
+def sample_prompts(job: Job) -> list[str]:
+    """What is drawn while training: the user's prompts, in the style's own words.
+
+    A prompt that names one of several styles stays as it is; otherwise the first style's phrase is added.
+    """
+    phrase = job.config.style_phrase
+    others = {item.concept.style_phrase for item in job.items if item.concept.role == STYLE} - {None, "", phrase}
+
+    def complete(prompt: str) -> str:
+        named = any(contains(prompt, other) for other in others if other)
+        return styled(prompt, phrase) if phrase and not named else prompt
+
+    return [complete(prompt) for prompt in job.config.sample_prompts]
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 OURS = {
-    "StyleDataset", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader", "StylewrightEmbeddedModel",
-    "StylewrightReference",
+    "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader",
+    "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip
 PACK = "any_name-v1.2"  # the folder in custom_nodes
 

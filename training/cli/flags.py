@@ -60,6 +60,8 @@ def flags_of(kind: Any, helps: Mapping[str, str], panel: str, path: tuple[str, .
     for field in dataclasses.fields(kind):
         hint = get_type_hints(kind)[field.name]
         here = (*path, field.name)
+        if any(map(dataclasses.is_dataclass, get_args(hint))):
+            continue  # a list of tables: in a file only
         if dataclasses.is_dataclass(hint):
             yield from flags_of(hint, helps, f"{panel}: {field.name}", here)
         else:

@@ -136,23 +136,27 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
 
     from ..adapters.attach import layers_to_adapt
     from ..data.encoding import encode
-    from ..data.items import read_folder
     from ..hosts.loading import load_host
     from ..loops.train import train as train_adapter
+    from .pictures import at_sizes, items_of, phrase_of
 
-    items = read_folder(job.images, alpha_masks=job.alpha_masks)
+    options = dataclasses.replace(options, style_phrase=phrase_of(job, options))
+    items = items_of(job, options)
     dtype = getattr(torch, options.precision)
     host = load_host(job.model, device_of(job.device), dtype, components=job.components)
     options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
     layers_to_adapt(host.denoiser.module, options.adapter, family=host.denoiser.family)  # before pictures are encoded
     start = start_at(job.init_adapter, host, options)
+    resolution = options.resolution or host.resolution
     dataset = encode(
-        items,
+        at_sizes(items, resolution, job.more_resolutions),
         host,
-        resolution=options.resolution or host.resolution,
+        resolution=resolution,
         style_phrase=options.style_phrase,
         caption_mode=job.caption_mode,
         caption_dropout=options.caption_dropout,
+        prior_share=job.prior_share,
+        seed=options.seed,
         cache_dir=folder / "cache",
         progress=lambda done, total: update("reading", done, total),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 STYLE, PICTURES, BASE = "style", "pictures", "base"
 PRIORS = (PICTURES, BASE)
+PRIOR_SHARE = 0.5  # of the samples, where there are pictures for prior preservation: DreamBooth's
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,9 @@ class Concept:
             raise ValueError(f"The weight of pictures is {self.weight}, expected a positive number, such as 1")
         if self.orders < 1 or self.keep < 0:
             raise ValueError(f"Got {self.orders} orders of tags and {self.keep} to keep: expected 1 and 0 or more")
+
+
+def check_prior_share(share: float) -> None:
+    """ValueError for a share of samples that leaves one side nothing."""
+    if not 0.01 <= share <= 0.99:
+        raise ValueError(f"The share of samples for prior preservation is {share}, expected 0.01 to 0.99")

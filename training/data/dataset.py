@@ -14,10 +14,8 @@ from torch import Tensor
 from ..denoiser import Conditioning
 from ..randomness import generator
 from .cache import digest, digest_named
-from .concepts import BASE, STYLE
+from .concepts import BASE, PRIOR_SHARE, STYLE, check_prior_share
 from .order import Order
-
-PRIOR_SHARE = 0.5  # of the samples, where there are pictures for prior preservation: DreamBooth's
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,7 @@ def _check(examples: Sequence[Example], null: Conditioning | None, caption_dropo
         raise ValueError(f"The caption dropout is {caption_dropout}, expected a share from 0 to 1")
     if caption_dropout and null is None:
         raise ValueError("Caption dropout needs the empty prompt's encoding, and there is no text encoder to make it")
-    if not 0.01 <= prior_share <= 0.99:
-        raise ValueError(f"The share of samples for prior preservation is {prior_share}, expected 0.01 to 0.99")
+    check_prior_share(prior_share)
 
 
 def _shares(examples: Sequence[Example], prior_share: float) -> dict[bool, Fraction]:

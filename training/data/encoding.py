@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from ..denoiser import Conditioning
 from ..hosts.host import Host
 from ..randomness import generator
 from .buckets import Bucket, enlargement, kept, make_buckets, nearest
-from .cache import Cache, digest, digest_named, settled
+from .cache import Cache, digest, digest_named, settle, settled
 from .captions import Caption, complete, listed, tag_orders
-from .dataset import PRIOR_SHARE, Dataset, Example, Spelling, shapes
-from .images import Picture, fit, load_picture
-from .items import Item
+from .concepts import PRIOR_SHARE
+from .dataset import Dataset, Example, Spelling, shapes
+from .images import Picture, check_mask, fit, load_picture
+from .items import Encoded, Item
 
 log = logging.getLogger(__name__)
 
@@ -115,36 +116,75 @@ def _caption(item: Item, text: str, style_phrase: str) -> Caption:
 
 def survey(items: Sequence[Item], host: Host, resolution: int) -> list[list[View]]:
     """Opens every picture once and decides its sizes. ValueError with everything that cannot be used."""
-    buckets: dict[int, list[Bucket]] = {}
-    views, problems, enlarged, cut = [], [], [], []
+    views: list[list[View]] = []
+    problems: dict[str, None] = {}  # in order, each once
+    poor = _Poor()
     for item in items:
-        seen = []
         try:
-            picture = load_picture(item.image, item.mask, item.name)
-            for side in item.concept.resolutions or (resolution,):
-                if side not in buckets:
-                    buckets[side] = make_buckets(side, host.pixels_per_token)
-                seen.append(_view(item, picture, buckets[side], host))
+            if isinstance(item.image, Encoded):
+                views.append([_view_of_latent(item, item.image.latent, host)])
+            else:
+                views.append(_views(item, item.image, host, item.concept.resolutions or (resolution,), poor))
         except ValueError as error:
-            problems.append(str(error))
-            continue
-        views.append(seen)
-        height, width = picture.pixels.shape[1:]
-        for view in seen:
-            change = f"{item.name} ({width}x{height} to {view.bucket})"
-            enlarged += [change] if enlargement(view.bucket, height, width) > 1 else []
-            cut += [change] if kept(view.bucket, height, width) < CUT_WORTH_A_WARNING else []
+            problems[str(error)] = None
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
-    if enlarged:
-        log.warning("Pictures smaller than the training size are enlarged, which blurs them: %s", listed(enlarged))
-    if cut:
-        log.warning("More than a quarter is cut off of pictures this long: %s", listed(cut))
+        raise ValueError("\n".join(problems))
+    poor.warn()
     return views
 
 
-def _view(item: Item, picture: Picture, buckets: list[Bucket], host: Host) -> View:
-    bucket = nearest(buckets, *picture.pixels.shape[1:])
+@dataclass
+class _Poor:
+    """Pictures that a training size does not suit."""
+
+    enlarged: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+
+    def note(self, name: str, bucket: Bucket, height: int, width: int) -> None:
+        change = f"{name} ({width}x{height} to {bucket})"
+        self.enlarged += [change] if enlargement(bucket, height, width) > 1 else []
+        self.cut += [change] if kept(bucket, height, width) < CUT_WORTH_A_WARNING else []
+
+    def warn(self) -> None:
+        if self.enlarged:
+            names = listed(self.enlarged)
+            log.warning("Pictures smaller than the training size are enlarged, which blurs them: %s", names)
+        if self.cut:
+            log.warning("More than a quarter is cut off of pictures this long: %s", listed(self.cut))
+
+
+def _views(item: Item, image: Tensor | Path, host: Host, sides: Sequence[int], poor: _Poor) -> list[View]:
+    picture = load_picture(image, item.mask, item.name)
+    height, width = picture.pixels.shape[1:]
+    views = []
+    for side in sides:
+        bucket = nearest(make_buckets(side, host.pixels_per_token), height, width)
+        views.append(_view(item, picture, bucket, host))
+        poor.note(item.name, bucket, height, width)
+    return views
+
+
+def _view_of_latent(item: Item, latent: Tensor, host: Host) -> View:
+    """Of a latent that came encoded; its mask is of any size. ValueError for one that the model does not take."""
+    if latent.ndim != 3 or latent.shape[0] != host.latent_channels:
+        raise ValueError(
+            f"The latent of {item.name} has the shape {tuple(latent.shape)}, and {host.name} works on "
+            f"({host.latent_channels}, height, width): encode the pictures with the VAE that belongs to the model"
+        )
+    if not latent.isfinite().all():
+        raise ValueError(f"The latent of {item.name} contains NaN or infinity")
+    rows, columns = latent.shape[1:]
+    bucket = Bucket(rows * host.pixels_per_latent, columns * host.pixels_per_latent)
+    if item.mask is None:
+        return View(bucket, "", None)
+    assert isinstance(item.mask, Tensor), "a latent has no file"
+    mask = F.adaptive_avg_pool2d(check_mask(item.mask, item.name), (rows, columns))
+    if not mask.any():
+        raise ValueError(f"The mask of {item.name} is black all over: white marks what is learned")
+    return View(bucket, "", mask)
+
+
+def _view(item: Item, picture: Picture, bucket: Bucket, host: Host) -> View:
     key = digest(fit(picture.pixels, bucket.height, bucket.width))
     if picture.mask is None:
         return View(bucket, key, None)
@@ -176,13 +216,17 @@ def _encode_views(
 ) -> Iterator[Tensor]:
     """Latents (c, h, w), float32."""
     for view in views:
-        yield cache.recall("latent", digest(encoder, view.key), partial(_encode_view, host, item, view))["latent"]
+        if isinstance(item.image, Encoded):
+            yield settle(item.image.latent.float())
+        else:
+            make = partial(_encode_view, host, item.image, item.name, view)
+            yield cache.recall("latent", digest(encoder, view.key), make)["latent"]
         done()
 
 
-def _encode_view(host: Host, item: Item, view: View) -> dict[str, Tensor]:
-    pixels = load_picture(item.image, None, item.name).pixels
-    return encode_image(host, fit(pixels, view.bucket.height, view.bucket.width), item.name)
+def _encode_view(host: Host, image: Tensor | Path, name: str, view: View) -> dict[str, Tensor]:
+    pixels = load_picture(image, None, name).pixels
+    return encode_image(host, fit(pixels, view.bucket.height, view.bucket.width), name)
 
 
 def encode_image(host: Host, pixels: Tensor, name: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ would otherwise mix the invisible colours of transparent pixels into the visible
 
 import io
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+MARGIN = 8  # times the length that is used of a picture: more is cut off before it is resized
 OVERSHOOT = 0.05  # how far pixels from memory may leave [0, 1], as resampled pictures do, before it is a mistake
 
 
@@ -41,11 +43,24 @@ def load_picture(image: Tensor | Path, mask: Tensor | Path | None, name: str) ->
         values = open_alpha(mask) if mask == image else open_mask(mask)
     else:
         values = check_mask(mask, name)
-    if values.shape[1:] != pixels.shape[1:]:
-        raise ValueError(f"The mask of {name} is {_size(values)}, the picture {_size(pixels)}: they have to be equal")
+    values = _of_size(values, pixels, name)
     if not values.any():
         raise ValueError(f"The mask of {name} is black all over: white marks what is learned")
     return Picture(pixels, None if bool((values == 1).all()) else values)
+
+
+def _of_size(mask: Tensor, pixels: Tensor, name: str) -> Tensor:
+    """A mask (1, h, w) at the size of its picture. ValueError where their shapes differ: it has lost its place."""
+    (rows, columns), (height, width) = mask.shape[1:], pixels.shape[1:]
+    if (rows, columns) == (height, width):
+        return mask
+    # A side may be rounded by half a pixel at either size.
+    if abs(rows * width - columns * height) > 0.5 * (rows + columns + height + width):
+        raise ValueError(
+            f"The mask of {name} is {_size(mask)}, the picture {_size(pixels)}: they have to be equal, or of one shape"
+        )
+    size = (height, width)
+    return F.interpolate(mask[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
 
 
 def _size(pixels: Tensor) -> str:
@@ -169,6 +184,7 @@ def fit(values: Tensor, height: int, width: int) -> Tensor:
 
     Bicubic, with the kernel widened when shrinking (antialiasing); in [0, 1], which cubic kernels overshoot.
     """
+    values = _without_far_ends(values, height / width)
     rows, columns = values.shape[-2:]
     scale = max(height / rows, width / columns)
     cover = max(height, round(rows * scale)), max(width, round(columns * scale))
@@ -176,3 +192,14 @@ def fit(values: Tensor, height: int, width: int) -> Tensor:
         values = F.interpolate(values[None], size=cover, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
     return values[:, top : top + height, left : left + width].contiguous()
+
+
+def _without_far_ends(values: Tensor, shape: float) -> Tensor:
+    """Of a picture that is many times as long as what is cut from it, the middle: the rest would fill the memory.
+
+    ``shape`` is height/width of the cut. What stays is ``MARGIN`` times as long, beyond the reach of any kernel.
+    """
+    rows, columns = values.shape[-2:]
+    tall, wide = min(rows, math.ceil(MARGIN * shape * columns)), min(columns, math.ceil(MARGIN / shape * rows))
+    top, left = (rows - tall) // 2, (columns - wide) // 2
+    return values[:, top : top + tall, left : left + wide]

@@ -14,6 +14,13 @@ MASK_ENDING = "_mask"  # cat_mask.png is the mask of cat.jpg
 PLAIN = Concept()  # all as the run has it
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A picture that somebody else's autoencoder has encoded, at the one size that it has."""
+
+    latent: Tensor  # (c, h, w) as the denoiser takes it
+
+
 @dataclass(frozen=True)
 class Item:
     """One picture with its caption. Files are opened when they are encoded.
@@ -21,7 +28,7 @@ class Item:
     ``mask`` is 1 where the picture is learned from; the picture's own path means its transparency.
     """
 
-    image: Tensor | Path  # (3, h, w) in [0, 1]
+    image: Tensor | Path | Encoded  # (3, h, w) in [0, 1]
     caption: str
     mask: Tensor | Path | None = None  # (h, w) or (1, h, w); None = the whole picture
     repeats: int = 1  # how often it is seen while others are seen once
@@ -127,6 +134,8 @@ def check_pictures(items: Sequence[Item]) -> None:
     """Opens every picture and mask. ValueError with everything that cannot be used."""
     problems = []
     for item in items:
+        if isinstance(item.image, Encoded):
+            continue
         try:
             load_picture(item.image, item.mask, item.name)
         except ValueError as error:

@@ -112,6 +112,11 @@ def test_samples_are_drawn_in_the_style(workplace, capsys):
         (["--images", "nowhere"], ["nowhere"]),
         (["--images", "pictures"], ["style phrase"]),
         ([*SMALL, "--steps", "0"], ["steps", "0"]),
+        ([*SMALL, "--repeats", "2", "--repeats", "3"], ["2 repeats for 1 folders"]),
+        ([*SMALL, "--regularisation", "nowhere"], ["nowhere"]),
+        ([*SMALL, "--prior-target", "nix"], ["nix", "base"]),
+        ([*SMALL, "--prior-target", "base", "--caption-mode", "full"], ["without the style phrase"]),
+        ([*SMALL, "--regularisation", "pictures", "--prior-share", "1"], ["share of samples", "1.0"]),
         ([*SMALL, "--rank", "4096"], ["4096"]),
         ([*SMALL, "--targets", "nothing.*"], ["nothing"]),
         ([*SMALL, "--model", "nowhere"], ["nowhere"]),
@@ -152,7 +157,8 @@ def test_a_folder_that_cannot_be_is_named(workplace, capsys):
 def test_another_jobs_run_is_left_alone(workplace, capsys):
     trained(capsys, "train", *SMALL, "--steps", "1", "--out", "run")
     (workplace / "pictures").rename(workplace / "others")
-    assert run(["train", *SMALL, "--images", "others", "--steps", "1", "--out", "run"]) == 1
+    others = [argument.replace("pictures", "others") for argument in SMALL]
+    assert run(["train", *others, "--steps", "1", "--out", "run"]) == 1
     assert "images was" in capsys.readouterr().err
 
 
@@ -172,3 +178,45 @@ def test_the_second_interrupt_does_not_wait(capsys):
         check()
         pytest.fail("the second Ctrl-C was ignored")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_concepts_regularisation_and_sizes_from_a_file(workplace, capsys):
+    from PIL import Image
+
+    (workplace / "kept").mkdir()
+    Image.new("RGB", (64, 64), (9, 9, 200)).save(workplace / "kept" / "heart.png")
+    (workplace / "kept" / "heart.txt").write_text("heart", encoding="utf-8")
+    (workplace / "run.toml").write_text(
+        "resolution = 64\naccumulation = 2\nsteps = 2\nmore_resolutions = [96]\n"
+        'regularisation = "kept"\nprior_weight = 0.5\nprior_share = 0.25\nprior_target = "base"\n'
+        '[[concepts]]\nimages = "pictures"\nstyle_phrase = "<v0>"\nrepeats = 3\n'
+        '[[concepts]]\nimages = "pictures"\nstyle_phrase = "<v1>"\nresolutions = [64]\n',
+        encoding="utf-8",
+    )
+    trained(capsys, "train", "--config", "run.toml", "--rank", "2", "--out", "parts")
+    job = json.loads((workplace / "parts" / "job.json").read_text(encoding="utf-8"))
+    assert [concept["repeats"] for concept in job["concepts"]] == [3, 1]
+    assert trained(capsys, "inspect", "parts/adapter.safetensors")["style_phrase"] == "<v0>"
+    assert trained(capsys, "resume", "parts", "--steps", "3")["steps"] == 3
+    trained(capsys, "train", "--config", "run.toml", "--rank", "2", "--steps", "3", "--out", "whole")
+    same = [load_file(workplace / name / "adapter.safetensors") for name in ("parts", "whole")]
+    assert all(same[0][key].equal(same[1][key]) for key in same[0])
+
+
+def test_folders_with_repeats_and_the_base_on_the_style_s_own_pictures(workplace):
+    from stylewright.training.cli.job import Job
+    from stylewright.training.cli.pictures import at_sizes, items_of
+    from stylewright.training.loops.config import TrainConfig
+
+    (workplace / "more").mkdir()
+    for name in ("tree.png", "tree.txt"):
+        (workplace / "more" / name).write_bytes((workplace / "pictures" / name).read_bytes())
+    job = Job(images=("pictures", "more"), repeats=(1, 4), prior_target="base", prior_weight=0.5, caption_orders=3)
+    items = at_sizes(items_of(job, TrainConfig(style_phrase="ink")), 64, (96, 64))
+    assert [(item.caption, item.repeats, item.concept.role) for item in items] == [
+        ("star", 1, "style"), ("tree", 1, "style"), ("tree", 4, "style"),
+        ("star", 1, "base"), ("tree", 1, "base"), ("tree", 4, "base"),
+    ]  # fmt: skip
+    assert {item.concept.resolutions for item in items} == {(64, 96)}
+    assert {item.concept.orders for item in items} == {3}
+    assert [item.concept.caption_mode for item in items[2:4]] == ["content", "plain"]

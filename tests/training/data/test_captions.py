@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stylewright.training.data.captions import Caption, complete, contains, read_rows, read_text, styled
+from stylewright.training.data.captions import Caption, complete, contains, read_rows, read_text, styled, tag_orders
 
 
 def given(text, phrase="ink wash", name="a.png"):
@@ -119,3 +119,27 @@ def test_an_empty_list_is_an_error(tmp_path):
     path.write_text("\n\n")
     with pytest.raises(ValueError, match="is empty"):
         read_rows(path)
+
+
+def test_tags_are_drawn_in_other_orders_and_each_once():
+    text = "cat, red, small, old"
+    orders = tag_orders(text, 24, 0, seed=0)
+    assert orders[0] == text and len(set(orders)) == len(orders) == 24
+    assert tag_orders(text, 100, 1, seed=0) == tag_orders(text, 6, 1, seed=0)
+    assert all(order.startswith("cat, ") for order in tag_orders(text, 6, 1, seed=0))
+    assert tag_orders(text, 4, 0, seed=0) != tag_orders(text, 4, 0, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "count"), [("a cat", 0, 1), ("cat, red", 2, 1), ("cat, cat, red", 0, 3), (" , cat ,, red,", 0, 2)]
+)
+def test_there_are_no_more_orders_than_tags_allow(text, keep, count):
+    orders = tag_orders(text, 10, keep, seed=0)
+    assert orders[0] == text and len(orders) == count
+    assert all(sorted(tag.strip() for tag in order.split(",") if tag.strip()) for order in orders)
+
+
+def test_plain_captions_need_no_phrase():
+    assert complete([Caption("one", "a  cat\n", "ink")], "plain") == ["a cat"]
+    with pytest.raises(ValueError, match="without captions: one"):
+        complete([Caption("one", " ", "")], "plain")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stylewright.training.data.concepts import Concept
 from stylewright.training.data.encoding import encode
-from stylewright.training.data.items import items_from_memory, read_folder
+from stylewright.training.data.items import Encoded, Item, items_from_memory, read_folder
 from stylewright.training.hosts.host import Host
 
 TOKEN = 16
@@ -343,3 +343,35 @@ def test_a_run_without_caption_dropout_does_not_need_the_empty_prompt():
     assert encode(three_items(), host, resolution=64, style_phrase="ink").null is None
     with pytest.raises(ValueError, match="no text encoder"):
         encode(three_items(), host, resolution=64, style_phrase="ink", caption_dropout=0.1)
+
+
+def test_latents_that_came_encoded_are_taken_as_they_are():
+    source = torch.Generator().manual_seed(3)
+    latents = [torch.randn(3, 4, 6, generator=source), torch.randn(3, 8, 8, generator=source)]
+    mask = torch.zeros(16, 24)
+    mask[:, :12] = 1
+    masks = [mask, None]
+    items = [
+        Item(Encoded(latent), "a cat", each, concept=Concept(resolutions=(32, 48)), name=f"latent {n}")
+        for n, (latent, each) in enumerate(zip(latents, masks, strict=True))
+    ]
+    host = toy_host(latent_channels=3)
+    dataset = encode(items, host, resolution=64, style_phrase="ink")
+    assert all(torch.equal(example.latent, latent) for example, latent in zip(dataset.examples, latents, strict=True))
+    assert host.encode_images.calls == []
+    half = dataset.examples[0].mask
+    assert half.shape == (1, 4, 6) and half[..., :3].min() == 1 and half[..., 3:].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("latent", "mask", "message"),
+    [
+        (torch.rand(4, 4, 6), None, r"\(4, 4, 6\), and toy works on \(3, height, width\)"),
+        (torch.full((3, 4, 6), torch.inf), None, "latent of it contains NaN"),
+        (torch.rand(3, 4, 6), torch.zeros(8, 8), "mask of it is black all over"),
+    ],
+)
+def test_latents_that_do_not_fit_are_named(latent, mask, message):
+    item = Item(Encoded(latent), "a cat", mask, name="it")
+    with pytest.raises(ValueError, match=message):
+        encode([item], toy_host(latent_channels=3), resolution=64, style_phrase="ink")

@@ -238,3 +238,31 @@ def test_resampling_keeps_a_ramp_and_does_not_shift_it():
 def test_resampling_stays_in_range():
     grown = fit((torch.arange(20) % 7 > 3).float().expand(3, 15, 20), 33, 44)
     assert grown.min() == 0 and grown.max() == 1
+
+
+def test_a_mask_of_the_picture_s_shape_is_resized_to_it():
+    mask = torch.zeros(10, 15)
+    mask[:, 5:] = 1
+    picture = load_picture(torch.rand(3, 20, 30), mask, "it")
+    assert picture.mask.shape == (1, 20, 30)
+    assert picture.mask[..., :9].max() == 0 and picture.mask[..., 11:].min() == 1
+    # A side that was rounded on the way is no other shape; a turned mask is.
+    assert load_picture(torch.rand(3, 333, 500), torch.ones(21, 32), "it").mask is None
+    with pytest.raises(ValueError, match="mask of it is 20x30, the picture 30x20"):
+        load_picture(torch.rand(3, 20, 30), torch.ones(30, 20), "it")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400_000), (400_000, 1), (3, 5000)])
+def test_pictures_of_any_shape_fit_without_filling_the_memory(size):
+    values = torch.rand(3, *size)
+    for height, width in ((64, 64), (32, 128), (128, 32)):
+        cut = fit(values, height, width)
+        assert cut.shape == (3, height, width) and cut.min() >= 0 and cut.max() <= 1
+    assert torch.equal(fit(torch.full((1, *size), 0.5), 64, 64).round(decimals=4), torch.full((1, 64, 64), 0.5))
+
+
+def test_what_is_cut_off_before_resizing_leaves_the_rest_as_it_is():
+    """The middle of a long picture is the same whether its far ends are there or not."""
+    values = torch.rand(1, 40, 40 * 30)
+    middle = values[..., 40 * 10 : 40 * 20]
+    torch.testing.assert_close(fit(values, 20, 30), fit(middle, 20, 30), atol=1e-5, rtol=0)
