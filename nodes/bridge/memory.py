@@ -101,7 +101,7 @@ def _planned(training: Training, check: Callable[[], None]) -> tuple[Planner, Pl
         conditioning=host.training_conditioning,
         longest=_longest(training),
     )
-    latent = training.dataset.examples[0].latent
+    latent = max((example.latent for example in training.dataset.examples), key=torch.numel)
     room = SURVEY_FACTOR * model.memory_required([config.batch_size, *latent.shape])
     with training_session(model, memory_required=room):
         check()
