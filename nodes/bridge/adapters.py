@@ -110,12 +110,18 @@ def apply_adapter(
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
     fitted = fit(lora, names, with_text=clip is not None)
+    # Families share names of layers (Chroma has FLUX's). What does not say its family is taken if all of it fits.
+    reason = foreignness(model, lora)
+    if fitted.homeless and reason:
+        raise ValueError(reason)
     if fitted.homeless and lora.file.family in FAMILIES:
         # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
         fitted = min(fitted, fit(respelled(lora, model), names, with_text=clip is not None), key=_homeless)
     wrong = missized(model.model, fitted.patches)
     if clip is not None:
         wrong += missized(clip.cond_stage_model, fitted.patches)
+    if wrong and reason:
+        raise ValueError(reason)
     patches = {name: patch for name, patch in fitted.patches.items() if place_of(name) not in wrong}
     model = model.clone()
     groups = groups_of(layer_names(model))
@@ -289,10 +295,17 @@ def refuse_non_finite(lora: AdapterTensors) -> None:
 
 
 def refuse_foreign(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> None:
-    """ValueError for an adapter of another family than the model's."""
+    """ValueError for an adapter that says it is of another family than the model's."""
+    if lora.file.states_family and (reason := foreignness(model, lora)):
+        raise ValueError(reason)
+
+
+def foreignness(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -> str | None:
+    """Why an adapter is not for this model, as far as families tell: as it says, or as its names look."""
     family, theirs = family_of(model), lora.file.family
-    if theirs not in (None, OTHER, family) and not (family == OTHER and theirs not in FAMILIES):
-        raise ValueError(
-            f"{lora.name} is an adapter for the family {theirs!r}, and this model is a {model_name(model)} of the "
-            f"family {family!r}: choose an adapter that was trained on such a model"
-        )
+    if theirs in (None, OTHER, family) or (family == OTHER and theirs not in FAMILIES):
+        return None
+    return (
+        f"{lora.name} is an adapter for the family {theirs!r}, and this model is a {model_name(model)} of the "
+        f"family {family!r}: choose an adapter that was trained on such a model"
+    )

@@ -118,6 +118,17 @@ def test_a_file_of_another_family_is_refused(tiny, loras):
         load(tiny("sd3"), "flux.safetensors")
 
 
+def test_names_that_families_share_tell_nothing_where_all_of_it_fits(tiny, loras):
+    """Without metadata a file of these looks like one for SD1.5."""
+    name = "diffusion_model.middle_block.1.proj_in"
+    size = tiny("sdxl").model.diffusion_model.get_submodule("middle_block.1.proj_in").weight.shape
+    save_file(pair(name, *size), loras / "shared.safetensors")
+    assert list(load(tiny("sdxl"), "shared.safetensors")[0].patches) == [f"{name}.weight"]
+    save_file(pair(name, *size) | pair("diffusion_model.nowhere.1.to_q", 4, 4), loras / "shared.safetensors")
+    with pytest.raises(ValueError, match="family 'sd15', and this model is a SDXL"):
+        load(tiny("sdxl"), "shared.safetensors")
+
+
 def test_tensors_without_a_place_are_named(tiny, loras, caplog):
     model = tiny("flux")
     tensors = {

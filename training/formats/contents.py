@@ -50,6 +50,11 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
 
     @property
+    def states_family(self) -> bool:
+        """Whether the file says its family, so that names of layers, which families share, need not be asked."""
+        return self.about is not None or states_family(self.header)
+
+    @property
     def family(self) -> str | None:
         """As its metadata say, or else as its names tell; None for one that we do not know."""
         if self.about:
