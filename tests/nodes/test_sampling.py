@@ -255,7 +255,7 @@ def test_an_interrupt_while_drawing_is_an_interrupt(step, flux, job, folders, mo
     assert not comfy.model_management.in_training
     assert len(list(folders[0].rglob("*.safetensors"))) == (1 if step else 0)
     continued = train(flux, job)
-    assert list(continued.samples) == ([0, 3] if step else [0, 2, 3])
+    assert list(continued.samples) == [0, 2, 3], "the picture that the interrupt came before is made up for"
     straight = without_samples(flux, job)
     assert all(torch.equal(continued.tensors[key], straight.tensors[key]) for key in straight.tensors)
 
