@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comfyui import comfyui_path, open_comfyui, why_absent
+from filelock import FileLock
 from package import ROOT, load_package
 
 RESULTS = ROOT / "benchmarks" / "results" / "families.json"
@@ -134,17 +135,24 @@ def main(names: list[str]) -> None:
             for line in (comfyui_path() / "comfyui_version.py").read_text().splitlines()
             if line.startswith("__version__")
         )
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        rows = results.setdefault(version, {})
         for family in names or tiny_models.TINY:
             if tiny_models.is_known(family):
-                rows[family] = asdict(row_of(family, proof, tiny_models, Path(base) / family))
-                print(family, *(f"{key}={value}" for key, value in rows[family].items()), flush=True)
-        results[version] = {family: rows[family] for family in tiny_models.TINY if family in rows}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                row = row_of(family, proof, tiny_models, Path(base) / family)
+                print(family, *(f"{key}={value}" for key, value in asdict(row).items()), flush=True)
+                keep(version, family, row, list(tiny_models.TINY))
+        results = json.loads(RESULTS.read_text())
         text = f"{table(results)}\n\n## Refused, by name\n\n{refusals()}"
         print(text)
         write_document(text)
+
+
+def keep(version: str, family: str, row: Row, order: list[str]) -> None:
+    """Adds a row to the findings, which several runs may do at a time."""
+    with FileLock(RESULTS.with_suffix(".lock")):
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        rows = {**results.get(version, {}), family: asdict(row)}
+        results[version] = {name: rows[name] for name in order if name in rows}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,11 @@ def latents_per_token(model: comfy.model_patcher.ModelPatcher) -> int:
     return 2
 
 
+def smallest_side(model: comfy.model_patcher.ModelPatcher) -> int:
+    """Of latents that the model works with: ComfyUI's PixArt divides by a side that it rounds to multiples of 64."""
+    return 36 if family_of(model) == "pixart" else 1
+
+
 def reference_tokens(model: comfy.model_patcher.ModelPatcher) -> int | None:
     """Image tokens that laws of the noise level are stated for, carried to those of the pictures. None = for any."""
     return model.get_attachment(REFERENCE_TOKENS)

@@ -26,7 +26,7 @@ from ...training.loops.survey import Survey
 from ...training.loops.train import TrainResult
 from ...training.memory import is_out_of_memory
 from .denoiser import ComfyDenoiser
-from .families import latents_per_token
+from .families import latents_per_token, smallest_side
 from .previews import TrainingProgress
 from .session import training_session
 
@@ -100,6 +100,7 @@ def _planned(training: Training, check: Callable[[], None]) -> tuple[Planner, Pl
         latents_per_token=latents_per_token(model) ** 2,
         conditioning=host.training_conditioning,
         longest=_longest(training),
+        smallest=smallest_side(model),
     )
     latent = max((example.latent for example in training.dataset.examples), key=torch.numel)
     room = SURVEY_FACTOR * model.memory_required([config.batch_size, *latent.shape])

@@ -168,7 +168,7 @@ TINY = {
             "adm_in_channels": 24, "context_embedder_config": {
                 "target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128},
             },
-            "num_patches": 256, "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
+            "num_patches": 6400, "pos_embed_max_size": 80, "pos_embed_scaling_factor": None,
         },
         16, 32, 24,
     ),
@@ -179,7 +179,7 @@ TINY = {
             "adm_in_channels": 24, "context_embedder_config": {
                 "target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128},
             },
-            "num_patches": 256, "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
+            "num_patches": 6400, "pos_embed_max_size": 80, "pos_embed_scaling_factor": None,
             "x_block_self_attn_layers": [0],
         },
         16, 32, 24,
@@ -450,7 +450,7 @@ def tiny_conditioning(family: str, tokens: int, seed: int = 0) -> list:
     """ComfyUI's conditioning list of one random prompt."""
     tiny, draw = TINY[family], torch.Generator().manual_seed(seed)
     tokens = tiny.tokens or tokens
-    extra = {"pooled_output": torch.randn(1, tiny.pooled, generator=draw)} if tiny.pooled else {}
+    extra = {"pooled_output": torch.randn(1, tiny.pooled, generator=draw) if tiny.pooled else None}
     context = torch.randn(1, tokens, tiny.width, generator=draw)
     return [[context, extra | (tiny.rest(tokens, draw) if tiny.rest else {})]]
 

@@ -33,16 +33,18 @@ class Planner:
         latents_per_token: int = 4,
         conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too
         longest: Conditioning | None = None,  # the row of the longest prompt; None = the one with most numbers
+        smallest: int = 1,  # side of latents that the model works with
     ) -> None:
         self._denoiser, self._dataset, self._config = denoiser, dataset, config
         self._device, self._latents_per_token = torch.device(device), latents_per_token
+        self._smallest = smallest
         self._conditioning = {**(longest or _longest(dataset)), **(conditioning or {})}
 
     def survey(self, budget: Budget) -> tuple[Plan, Survey]:
         """Measures at small sizes, and chooses what fits. Says the plan in the log."""
         room = None if budget.available is None else budget.available - budget.model
         with self._bench() as bench:
-            survey = surveyed(bench, self._dataset, self._latents_per_token, room)
+            survey = surveyed(bench, self._dataset, self._latents_per_token, room, self._smallest)
         plan = choose(survey, self._config, budget)
         logger.info("%s", plan.sentence())
         return plan, survey

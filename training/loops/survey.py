@@ -80,12 +80,12 @@ class Rehearsal:
     bytes: int  # beyond what was there before
 
 
-def surveyed(bench: Bench, dataset: Dataset, latents_per_token: int, room: float | None) -> Survey:
-    """Measures. ``room`` is how many bytes may be used for it (None = not known)."""
+def surveyed(bench: Bench, dataset: Dataset, latents_per_token: int, room: float | None, smallest: int = 1) -> Survey:
+    """Measures. ``room`` is how many bytes may be used for it (None = not known), ``smallest`` a side that works."""
     batch, largest = bench.config.batch_size, _largest(dataset)
     can_recompute = bool(repeated_blocks(bench.denoiser.module))
     kept, recomputed = [], []
-    for shape in probes(batch, largest, latents_per_token):
+    for shape in probes(batch, largest, latents_per_token, smallest):
         tokens = shape[1] * shape[2]
         again = measured(bench, shape, EVERYTHING if can_recompute else Saving())
         recomputed.append(Point(shape[0], tokens, again))
@@ -102,7 +102,9 @@ def surveyed(bench: Bench, dataset: Dataset, latents_per_token: int, room: float
     )
 
 
-def probes(batch: int, largest: tuple[int, int], latents_per_token: int) -> list[tuple[int, int, int]]:
+def probes(
+    batch: int, largest: tuple[int, int], latents_per_token: int, smallest: int = 1
+) -> list[tuple[int, int, int]]:
     """Sizes (b, h, w) to measure at: the size itself where that is small, else three of up to a sixteenth of it.
 
     Sides are multiples of four tokens, which every UNet can halve thrice. All have the batch size of the run: a batch
@@ -112,8 +114,9 @@ def probes(batch: int, largest: tuple[int, int], latents_per_token: int) -> list
     if batch * largest[0] * largest[1] <= EASY**2 * latents_per_token:
         return [(batch, *largest)]
     side = int((largest[0] * largest[1]) ** 0.5) // unit
-    most = max(3, side // 4)
-    sides = [unit * max(1, most // 2), unit * max(2, 3 * most // 4), unit * most]
+    least = -(-smallest // unit)
+    most = max(least + 2, side // 4)
+    sides = [unit * max(least, most // 2), unit * max(least + 1, 3 * most // 4), unit * most]
     return [(batch, side, side) for side in sides]
 
 
