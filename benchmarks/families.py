@@ -148,7 +148,7 @@ def main(names: list[str]) -> None:
 
 def keep(version: str, family: str, row: Row, order: list[str]) -> None:
     """Adds a row to the findings, which several runs may do at a time."""
-    with FileLock(RESULTS.with_suffix(".lock")):
+    with FileLock(Path(tempfile.gettempdir()) / "stylewright-families.lock"):
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         rows = {**results.get(version, {}), family: asdict(row)}
         results[version] = {name: rows[name] for name in order if name in rows}

@@ -4,7 +4,7 @@ A configuration is what ComfyUI detects in a checkpoint of the family, with smal
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -413,6 +413,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32):
 
     tiny = TINY[family]
     kind = getattr(supported_models, tiny.kind)
+    if "chroma_radiance" in tiny.config.values():  # its parameters grew over the versions
+        from comfy.ldm.chroma_radiance.model import ChromaRadianceParams as known
+
+        tiny = replace(tiny, config={k: v for k, v in tiny.config.items() if k in known.__dataclass_fields__})
     detected = {key: value for key, value in kind.unet_config.items() if key not in DETECTION_ONLY}
     model_config = kind({**detected, **tiny.config, "dtype": dtype})
     model_config.unet_config |= tiny.config  # a class may state sizes of its own
