@@ -1,6 +1,7 @@
 """MODEL, CLIP and VAE as one host of the training core."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import comfy.model_patcher
 import comfy.samplers
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...training.data.cache import settle
 from ...training.hosts.host import Host
 from .denoiser import ComfyDenoiser
+from .encodings import Encodings
 from .families import (
     is_film,
     is_guidance_distilled,
@@ -36,6 +38,7 @@ def comfy_host(
     *,
     resolution: int,
     answers: Mapping[str, dict] | None = None,  # what captions stand for that a user has encoded
+    encodings: Encodings | None = None,  # where answers of the encoders are kept; None = nowhere
 ) -> Host:
     """The host of three sockets. Encoding and decoding work at any time, the denoiser inside a training session.
 
@@ -44,13 +47,17 @@ def comfy_host(
     refuse_untrainable(model)
     if vae is not None:
         _refuse_foreign_vae(model, vae)
-    prompts = PromptTable(clip, answers or {})
+    encodings = encodings or Encodings()
+    prompts = PromptTable(clip, answers or {}, encodings)
     pixels = pixels_per_latent(model) if vae is None else vae.spacial_compression_encode()
     distilled = is_guidance_distilled(model)
     form, levels, film = latent_format(model), noise_levels(model), is_film(model)
     denoiser = ComfyDenoiser(model, prompts)
 
     def encode_images(images: Tensor) -> Tensor:
+        return encodings.recall("latent", images, partial(_encode_images, images))
+
+    def _encode_images(images: Tensor) -> Tensor:
         with torch.inference_mode():
             # One by one: a video VAE takes a batch for the frames of one film.
             encoder = _required(vae)

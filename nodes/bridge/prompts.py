@@ -5,6 +5,7 @@ core moves rows of tensors about, so it is handed row numbers, and the answers s
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ...training.data.cache import settle
 from ...training.denoiser import Conditioning
+from .encodings import Encodings
 
 PROMPT = "prompt"  # (b,) int64: rows of a PromptTable
 GUIDANCE = "guidance"  # (b,) the distilled guidance of FLUX.1-dev and its kin
@@ -21,9 +23,14 @@ GUIDANCE = "guidance"  # (b,) the distilled guidance of FLUX.1-dev and its kin
 class PromptTable:
     """The prompts that a run has asked for, each encoded once."""
 
-    def __init__(self, clip: comfy.sd.CLIP | None, answers: Mapping[str, dict] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        clip: comfy.sd.CLIP | None,
+        answers: Mapping[str, dict] = MappingProxyType({}),
+        encodings: Encodings | None = None,  # where what the encoder says is kept; None = nowhere
+    ) -> None:
         """``answers`` are there from the start: conditioning that a user encoded, under the captions it has."""
-        self._clip = clip
+        self._clip, self._encodings = clip, encodings or Encodings()
         self._rows: dict[str, int] = {caption: row for row, caption in enumerate(answers)}
         self._answers: list[dict] = list(answers.values())
 
@@ -33,7 +40,7 @@ class PromptTable:
             if prompt not in self._rows:
                 if self._clip is None:
                     raise ValueError("there is no text encoder for it: link the CLIP that belongs to the model")
-                self._answers.append(_encode(self._clip, prompt))
+                self._answers.append(self._encodings.recall("prompt", prompt, partial(_encode, self._clip, prompt)))
                 self._rows[prompt] = len(self._answers) - 1
         return {PROMPT: torch.tensor([self._rows[prompt] for prompt in prompts])}
 

@@ -23,6 +23,7 @@ from .resuming import ANEW, AS_IT_IS, AUTOMATIC, CONTINUE, RESUME
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"  # beside what the run itself leaves behind
+ENCODED = "encoded"  # a folder of pictures and captions as they were encoded
 VERSION = 1
 
 
@@ -244,6 +245,7 @@ def clear_states(keep: int) -> None:
         try:
             with open_run(run.folder) as directory:
                 directory.forget_state()
+                shutil.rmtree(run.folder / ENCODED, ignore_errors=True)
         except (TrainingError, ValueError, OSError) as error:  # in use, or a disk that refuses: another time
             logger.warning("the checkpoint of %s stays: %s", run.name, error)
 

@@ -31,6 +31,7 @@ from ...training.loops.saving import Saving
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
 from .board import Address
+from .encodings import Encodings
 from .families import latents_per_token, model_name
 from .files import adapter_pattern
 from .given import for_model, require_sockets
@@ -41,7 +42,7 @@ from .previews import TrainingProgress
 from .prompts import conditioning_of
 from .publishing import publish, published, steps_of
 from .resuming import AUTOMATIC
-from .runs import Choice, Run, choose, clear_states, new_run, opened
+from .runs import ENCODED, Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
 from .starting import refuse_windowed, start_from
@@ -105,7 +106,8 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     filled = adapter_pattern(job.file_name, words_of(sockets, config))
     refuse_windowed(model)
     require_sockets(sockets.clip, sockets.vae, job.items, job.answers, config)
-    host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution, answers=job.answers)
+    encodings = Encodings()
+    host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution, answers=job.answers, encodings=encodings)
     config = replace(config, density=config.density.stated_for(host.reference_tokens))
     job = replace(job, config=config)
     layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
@@ -122,6 +124,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         return _as_it_is(choice, config, progress)
     run = choice.run or new_run(job.file_name, filled)
     with opened(run) as directory:
+        encodings.folder = run.folder / ENCODED
         dataset = encode(
             for_model(job.items, model),
             host,

@@ -219,6 +219,21 @@ def test_what_is_free_may_change_in_the_middle(train, stopped):
     }
 
 
+def test_encoders_that_answer_otherwise_the_next_time_change_nothing(train, stopped, monkeypatch):
+    """A VAE in tiles, a text encoder on the CPU: what the run was begun with is kept."""
+    end = stopped()
+    sockets = train.sockets()
+    encode, tokens = sockets.vae.encode, sockets.clip.encode_from_tokens_scheduled
+    monkeypatch.setattr(sockets.vae, "encode", lambda pixels: encode(pixels) + 1e-3)
+
+    def other(*args, **options):
+        ((context, rest),) = tokens(*args, **options)
+        return [[context + 1e-3, rest]]
+
+    sockets.clip.encode_from_tokens_scheduled = other
+    assert state_of(train(on=sockets, resume="continue")) == end
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Which run
 
@@ -328,7 +343,7 @@ def test_only_the_newest_finished_runs_keep_their_checkpoints(train, folders, ca
     size = (first.run / "checkpoint.safetensors").stat().st_size
     train(steps=1, seed=1, keep_checkpoints=1)
     assert (first.run / "checkpoint.safetensors").stat().st_size < size / 2
-    assert not (first.run / "adapter.safetensors").exists()
+    assert not (first.run / "adapter.safetensors").exists() and not (first.run / "encoded").exists()
     again = train(steps=1)
     assert (again.path, again.losses) == (first.path, first.losses)
     with pytest.raises(TrainingError, match="its checkpoint is gone"):
