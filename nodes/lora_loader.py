@@ -55,7 +55,7 @@ class StyleLoRALoader(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="The same for the text encoder. Adapters of ours have nothing for it.",
+                    tooltip="The same for the text encoder, of an adapter that was trained with one.",
                 ),
                 LORA.Input("lora", optional=True, tooltip="An adapter from a trainer in this graph."),
                 io.Clip.Input("clip", optional=True, tooltip="Only for adapters that change the text encoder, too."),
@@ -119,7 +119,7 @@ class StyleLoRALoader(io.ComfyNode):
         warn = _warner(adapter.name, cls.hidden.unique_id)
         applied = apply_adapter(model, clip, adapter, strengths, warn=warn)
         message = report(adapter.name, applied)
-        (logger.warning if applied.homeless or applied.missized else logger.info)(message)
+        (logger.warning if applied.homeless or applied.missized or applied.left_out else logger.info)(message)
         lines = [message, *([] if levels is None else [sentence(model, levels)]), describe(adapter.file)]
         info = "\n".join(lines)
         show_text(cls.hidden.unique_id, info)
@@ -143,6 +143,8 @@ def report(name: str, applied: "Applied") -> str:
     text = f"{name}: {applied.layers} layers"
     if applied.missized:
         text += f". {len(applied.missized)} layers have another size in this model: {listed(applied.missized)}"
+    if applied.left_out:
+        text += f". {applied.left_out} layers are for the text encoder: link the clip input to have them"
     if applied.homeless:
         text += f". {len(applied.homeless)} tensors found no place: {listed(applied.homeless)}"
     if applied.idle:

@@ -7,11 +7,12 @@ from comfy_api.latest import io
 from ..training.adapters.methods import AdapterConfig
 from ..training.densities import DensityConfig
 from ..training.loops.config import MEMORY, TrainConfig
+from .bridge.precision import precision_for
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, fitting, given, keeping, links, plain, starting
+from .trainer_inputs import advanced, fitting, given, keeping, links, plain, starting, text_encoder
 from .trainer_samples import sampling
 
 
@@ -30,7 +31,17 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             search_aliases=["train lora", "style training", "fine-tune", "dreambooth", "style friendly snr", "dora"],
             is_output_node=True,
             is_input_list=True,  # latents and conditioning of several sizes come as lists
-            inputs=[*links(), *plain(), *advanced(), *keeping(), *sampling(), *fitting(), *starting(), *given()],
+            inputs=[
+                *links(),
+                *plain(),
+                *advanced(),
+                *keeping(),
+                *sampling(),
+                *fitting(),
+                *starting(),
+                *given(),
+                *text_encoder(),
+            ],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),
@@ -102,6 +113,8 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         sample_width: int = 0,
         sample_height: int = 0,
         memory: str = MEMORY[0],
+        text_encoder_learning_rate: float = 0.0,
+        text_encoder_targets: str = "attention",
         density: StyleDensity | None = None,
         init_lora: dict | None = None,
         latents: list[dict] | None = None,
@@ -128,7 +141,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             loss=loss,
             weighting=weighting,
             offset_noise=offset_noise,
-            precision=precision,
+            precision=precision_for(model, precision),
             gradient_checkpointing=gradient_checkpointing,
             memory=memory,
             seed=seed,
@@ -141,6 +154,8 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             adapter=AdapterConfig(
                 method=method, rank=rank, alpha=alpha or None, targets=patterns or targets, dropout=dropout
             ),
+            text_encoder_learning_rate=text_encoder_learning_rate,
+            text_encoder_targets=text_encoder_targets,
             density=DensityConfig() if density is None else density.config,
         )
         job = Job(

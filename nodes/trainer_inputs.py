@@ -6,11 +6,12 @@ What is added is optional, with its default in ``execute`` too, so that prompts 
 from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS
-from ..training.adapters.targets import TARGETS
+from ..training.adapters.targets import TARGETS, TEXT_TARGETS
 from ..training.loops.config import MEMORY, PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
+from .bridge.precision import AUTOMATIC_PRECISION
 from .bridge.resuming import AUTOMATIC, RESUME
 from .sockets import DATASET, DENSITY, LORA
 
@@ -121,9 +122,12 @@ def plain() -> list[io.Input]:
         ),
         io.Combo.Input(
             "precision",
-            options=list(PRECISIONS),
-            default="bfloat16",
-            tooltip="Of the arithmetic. The adapter's weights are kept in float32 either way. On a CPU take float32.",
+            options=[*PRECISIONS, AUTOMATIC_PRECISION],
+            default=AUTOMATIC_PRECISION,
+            tooltip=(
+                "Of the arithmetic: automatic is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slow. The "
+                "adapter's weights are kept in float32 either way."
+            ),
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
@@ -346,5 +350,33 @@ def given() -> list[io.Input]:
                 "The captions of these latents as you encoded them: one for all, or one a latent, as a list or joined "
                 "by Conditioning (Combine)."
             ),
+        ),
+    ]
+
+
+def text_encoder() -> list[io.Input]:
+    """The widgets of what is trained besides the model."""
+    return [
+        io.Float.Input(
+            "text_encoder_learning_rate",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+            round=1e-9,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Trains the CLIP text encoders too, at this rate: of SD1.5, SD2, SDXL, SD3, FLUX.1. 5e-6 is what "
+                "diffusers' DreamBooth scripts take. 0 = they stay as they are, as in the paper."
+            ),
+        ),
+        io.Combo.Input(
+            "text_encoder_targets",
+            options=list(TEXT_TARGETS),
+            default="attention",
+            optional=True,
+            advanced=True,
+            tooltip="Layers of the text encoders: attention, as in diffusers, or all, with the MLPs, as in kohya's.",
         ),
     ]

@@ -25,6 +25,7 @@ from ...training.windows import Window
 from .families import OTHER, family_of, model_name
 from .files import adapter_path
 from .frozen_layers import ComfyWeights
+from .text_encoders import has_clip, trainable_text_encoders
 from .windowed import act_within
 
 
@@ -55,6 +56,7 @@ class Applied:
     homeless: tuple[str, ...]  # tensors that found no place
     missized: tuple[str, ...]  # layers whose sizes are others than the adapter's
     idle: tuple[str, ...]  # groups with a strength of their own, of which the adapter has no layer
+    left_out: int  # layers for a text encoder, where none is linked
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def apply_adapter(
         raise ValueError(reason)
     if fitted.homeless and lora.file.family in FAMILIES:
         # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
-        fitted = min(fitted, fit(respelled(lora, model), names, with_text=clip is not None), key=_homeless)
+        fitted = min(fitted, fit(respelled(lora, model, clip), names, with_text=clip is not None), key=_homeless)
     wrong = missized(model.model, fitted.patches)
     if clip is not None:
         wrong += missized(clip.cond_stage_model, fitted.patches)
@@ -135,7 +137,8 @@ def apply_adapter(
         raise ValueError(_nothing_fits(model, lora, wrong))
     adapted = {layer_of(name) for name in placed}
     idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
-    return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle))
+    left_out = 0 if clip is not None else sum(name.startswith(TEXT_ENCODER) for name in lora.file.layers)
+    return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle), left_out)
 
 
 def _put(
@@ -249,7 +252,9 @@ class ReadingRecord(dict):
         return super().get(key, default)
 
 
-def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:
+def respelled(
+    lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None
+) -> dict[str, Tensor]:
     """The same adapter under the names that ComfyUI knows for every family, its own."""
     file = lora.file
     return styled(
@@ -257,17 +262,19 @@ def respelled(lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher) -> 
         "comfyui",
         file.family or "",
         norm=file.header.get(NORM_KEY, MERGED),
-        weights=weights_of(model),
+        weights=weights_of(model, clip),
         unet_layers=file.about.unet_layers if file.about else UNET_LAYERS,
     ).tensors
 
 
-def weights_of(model: comfy.model_patcher.ModelPatcher) -> Callable[[str], Tensor]:
+def weights_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None = None) -> Callable[[str], Tensor]:
     """The weight of a layer by its name, in float32 on the CPU. What is loaded counts, patches included."""
-    weights = ComfyWeights(model.load_device)
+    encoders = trainable_text_encoders(clip) if clip is not None and has_clip(clip) else {}
 
     def weight(name: str) -> Tensor:
-        layer = model.model.diffusion_model.get_submodule(name)
+        prefix = next((prefix for prefix in encoders if name.startswith(prefix)), "")
+        layer = encoders.get(prefix, model.model.diffusion_model).get_submodule(name.removeprefix(prefix))
+        weights = ComfyWeights(clip.patcher.load_device if clip is not None and prefix else model.load_device)
         with torch.no_grad(), weights.dense(layer, torch.float32, layer.get_parameter("weight").device) as dense:
             return dense.weight.detach().to("cpu", copy=True)
 

@@ -40,7 +40,7 @@ class ComfyDenoiser:
         self.prediction = self._levels.prediction
         self.log_snr_range = self._levels.log_snr_range
         self._model = model
-        self._prompts = prompts
+        self.prompts = prompts
         self._film = is_film(model)
         self._alone = is_mean_flow(model)
         self._options = transformer_options(model)
@@ -60,7 +60,7 @@ class ComfyDenoiser:
 
     def longest(self, rows: Sequence[Conditioning]) -> Conditioning:
         """Of rows (1, …), the one whose prompt has most tokens."""
-        return max(rows, key=lambda row: self._prompts.answer(int(row[PROMPT][0]))["cross_attn"].shape[1])
+        return max(rows, key=lambda row: self.prompts.answer(int(row[PROMPT][0]))["cross_attn"].shape[1])
 
     def _apply(self, x: Tensor, sigma: Tensor, conds: dict) -> Tensor:
         options = {**self._options, "cond_or_uncond": [0], "uuids": [uuid.uuid4()], "sigmas": sigma}
@@ -71,15 +71,17 @@ class ComfyDenoiser:
         return x0[:, :, 0] if self._film else x0
 
     def _model_conds(self, x: Tensor, conditioning: Conditioning) -> list[dict]:
-        """ComfyUI's conds of each row, made once for every prompt, guidance and latent size."""
+        """ComfyUI's conds of each row, made once for every prompt, guidance and latent size that lasts."""
         prompts = conditioning[PROMPT].tolist()
         guidances = conditioning[GUIDANCE].tolist() if GUIDANCE in conditioning else [None] * len(prompts)
         keys = [(prompt, guidance, x.shape[1:]) for prompt, guidance in zip(prompts, guidances, strict=True)]
-        for prompt, guidance, size in set(keys) - self._conds.keys():
-            self._conds[prompt, guidance, size] = self._make_conds(x[:1], prompt, guidance)
-        return [self._conds[key] for key in keys]
+        conds = self._conds if self.prompts.lasting else {}
+        for prompt, guidance, size in dict.fromkeys(keys):
+            if (prompt, guidance, size) not in conds:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.prompts.lasting):
+                    conds[prompt, guidance, size] = self._make_conds(x[:1], prompt, guidance)
+        return [conds[key] for key in keys]
 
-    @torch.no_grad()
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
         noise = noise[:, :, None] if self._film else noise
         # What comfy.samplers.encode_model_conds adds; it too takes every latent for 8 times smaller than the picture.
@@ -87,7 +89,7 @@ class ComfyDenoiser:
         params |= {"height": noise.shape[-2] * 8, "width": noise.shape[-1] * 8, "prompt_type": "positive"}
         if guidance is not None:
             params["guidance"] = guidance
-        params |= self._prompts.answer(prompt)  # a conditioning that a user made may state guidance and size itself
+        params |= self.prompts.answer(prompt)  # a conditioning that a user made may state guidance and size itself
         conds = self._model.model.extra_conds(**params)
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
 

@@ -105,12 +105,23 @@ def require_sockets(
     answers: Mapping[str, dict[str, Any]],
     config: TrainConfig,
 ) -> None:
-    """ValueError where a CLIP or a VAE is missing, with what it is needed for."""
+    """ValueError where a CLIP or a VAE is missing, with what it is needed for, or where a CLIP would learn nothing."""
+    rate = config.text_encoder_learning_rate
+    if rate and answers:
+        raise ValueError(
+            f"text_encoder_learning_rate is {rate:g}, and captions that you encoded teach no "
+            "text encoder: set it to 0, or give the captions as text and link the model's CLIP to 'clip'"
+        )
     samples = bool(config.sample_every and config.sample_prompts)
     texts = any(item.caption not in answers for item in items)
     pictures = any(not isinstance(item.image, Encoded) for item in items)
     to_draw = (samples, "to draw sample pictures (or set sample_every to 0)")
-    of_clip = [(texts, "to encode the captions"), (config.caption_dropout > 0, "for caption_dropout"), to_draw]
+    of_clip = [
+        (texts, "to encode the captions"),
+        (config.caption_dropout > 0, "for caption_dropout"),
+        (rate > 0, "to be trained (text_encoder_learning_rate)"),
+        to_draw,
+    ]
     of_vae = [(pictures, "to encode the pictures"), to_draw]
     for name, socket, needs in (("clip", clip, of_clip), ("vae", vae, of_vae)):
         reasons = [reason for needed, reason in needs if needed]

@@ -6,12 +6,14 @@ dynamic VRAM. It is told how much room training needs beside them, and it stream
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.sd
 import torch
 
 from ...training.data.dataset import Dataset
@@ -29,6 +31,7 @@ from .denoiser import ComfyDenoiser
 from .families import latents_per_token, smallest_side
 from .previews import TrainingProgress
 from .session import training_session
+from .text_encoders import activation_bytes, describe
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,37 @@ class Training:
     """A run that is to be planned and trained."""
 
     model: Patcher
+    clip: comfy.sd.CLIP | None
     host: Host
     dataset: Dataset
     config: TrainConfig
     folder: Path
     progress: TrainingProgress
+
+    @property
+    def text_bytes(self) -> int:
+        """What text encoders that are trained take of the device, beside the model."""
+        if not self.host.text_encoders or self.clip is None:
+            return 0
+        prompts = activation_bytes(self.clip, self.config.gradient_checkpointing)
+        return int(self.clip.patcher.model_size()) + self.config.batch_size * prompts
+
+    @contextmanager
+    def session(self, room: float) -> Iterator[None]:
+        """A training session; where an adapter comes on text encoders, with them, and they answer in every step."""
+        if not self.host.text_encoders or self.clip is None:
+            with training_session(self.model, memory_required=room):
+                yield
+            return
+        denoiser = self.host.denoiser
+        assert isinstance(denoiser, ComfyDenoiser), "comfy_host makes one"
+        logger.info("%s trained, too", describe(self.clip))
+        patcher = self.clip.patcher
+        with (
+            training_session(self.model, beside=[patcher], memory_required=room + self.text_bytes),
+            denoiser.prompts.asked_anew(),
+        ):
+            yield
 
 
 def train_within_memory(
@@ -62,7 +91,7 @@ def train_within_memory(
     planner, plan, survey, budget = _planned(training, check)
 
     def attempt(plan: Plan, room: float) -> TrainResult:
-        with training_session(training.model, memory_required=room):
+        with training.session(room):
             plan = planner.rehearse(plan, survey, budget)
             _announce(training, plan)
             before = _start_counting(training.model)
@@ -108,6 +137,8 @@ def _planned(training: Training, check: Callable[[], None]) -> tuple[Planner, Pl
         check()
         training.progress.planned("plan: a few small passes are measured")
         budget = budget_of(model)
+        if budget.available is not None:
+            budget = replace(budget, available=budget.available - training.text_bytes)
         plan, survey = planner.survey(budget)
     if not plan.fits and config.memory == "automatic":
         plan.to_file(training.folder / "plan.json")

@@ -4,7 +4,8 @@ An encoder's answer is a tensor with any number of tokens plus a dict whose entr
 core moves rows of tensors about, so it is handed row numbers, and the answers stay here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from ...training.data.cache import settle
 from ...training.denoiser import Conditioning
 from .encodings import Encodings
+from .text_encoders import others_answer_once, resident
 
 PROMPT = "prompt"  # (b,) int64: rows of a PromptTable
 GUIDANCE = "guidance"  # (b,) the distilled guidance of FLUX.1-dev and its kin
@@ -33,6 +35,7 @@ class PromptTable:
         self._clip, self._encodings = clip, encodings or Encodings()
         self._rows: dict[str, int] = {caption: row for row, caption in enumerate(answers)}
         self._answers: list[dict] = list(answers.values())
+        self.lasting = True  # whether an answer is the same whenever it is asked for
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Rows (b,) for prompts, encoding the new ones."""
@@ -45,8 +48,25 @@ class PromptTable:
         return {PROMPT: torch.tensor([self._rows[prompt] for prompt in prompts])}
 
     def answer(self, row: int) -> dict:
-        """What the text encoder said, under the names that a model's ``extra_conds`` takes. Not to be changed."""
-        return self._answers[row]
+        """What the text encoder says, under the names that a model's ``extra_conds`` takes. Not to be changed."""
+        if self.lasting:
+            return self._answers[row]
+        return _ask(self._clip, self._prompts[row])
+
+    @contextmanager
+    def asked_anew(self) -> Iterator[None]:
+        """Inside, the text encoder is asked for every answer, with gradients: an adapter is on it, and it is loaded."""
+        before = self._clip
+        self._clip, self.lasting = resident(before), False
+        try:
+            with others_answer_once(before):
+                yield
+        finally:
+            self._clip, self.lasting = before, True
+
+    @property
+    def _prompts(self) -> list[str]:
+        return list(self._rows)
 
 
 def conditioning_of(clip: comfy.sd.CLIP, prompt: str) -> list:
@@ -55,18 +75,22 @@ def conditioning_of(clip: comfy.sd.CLIP, prompt: str) -> list:
     return [[answer.pop("cross_attn"), answer]]
 
 
-def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
-    with torch.inference_mode():
-        answers = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), show_pbar=False)
+def _ask(clip: comfy.sd.CLIP, prompt: str) -> dict:
+    answers = clip.encode_from_tokens_scheduled(clip.tokenize(prompt), show_pbar=False)
     if len(answers) != 1:
         raise ValueError(
             f"the text encoder changes over the steps ({len(answers)} keyframes), which has no meaning in training: "
             "connect a CLIP without scheduled hooks"
         )
     ((cross_attention, rest),) = answers
-    if not cross_attention.isfinite().all():
+    return {**rest, "cross_attn": cross_attention}
+
+
+def _encode(clip: comfy.sd.CLIP, prompt: str) -> dict:
+    with torch.inference_mode():
+        answer = _ask(clip, prompt)
+    if not answer["cross_attn"].isfinite().all():
         raise ValueError(f"the text encoding of {prompt!r} contains NaN or infinity: run the text encoder in float32")
-    answer = {**rest, "cross_attn": cross_attention}
     return {key: _settled(value) for key, value in answer.items()}
 
 

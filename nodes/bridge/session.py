@@ -1,6 +1,6 @@
 """What ComfyUI needs while a model is trained inside it, in one ``with`` block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
@@ -14,25 +14,36 @@ from .kernels import plain_kernels
 
 
 @contextmanager
-def training_session(model: comfy.model_patcher.ModelPatcher, *, memory_required: float = 0) -> Iterator[None]:
+def training_session(
+    model: comfy.model_patcher.ModelPatcher,
+    *,
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
+    memory_required: float = 0,
+) -> Iterator[None]:
     """Inside, ``model`` is loaded with its patches applied, and gradients flow through its frozen weights.
+
+    The same holds for the models ``beside`` it: text encoders that are trained, too.
 
     Nodes run in inference mode; ``in_training`` picks kernels that have a backward pass; the global generators are
     put back, for other nodes draw from them. ``memory_required`` is in bytes, for what training adds: of the weights,
     ComfyUI loads what fits beside it.
     """
     with torch.inference_mode():  # loading writes into weights that may be inference tensors
-        comfy.model_management.load_models_gpu([model], memory_required=memory_required)
+        # Text encoders first: what does not fit of all is streamed, and they are small.
+        comfy.model_management.load_models_gpu([*beside, model], memory_required=memory_required)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(_devices(model.load_device)))
         stack.enter_context(_in_training())
         stack.enter_context(plain_kernels(model.model.diffusion_model))
-        exchange_inference_tensors(model.model)
+        for patcher in (model, *beside):
+            exchange_inference_tensors(patcher.model)
         model.pre_run()
         stack.callback(model.cleanup)
         stack.enter_context(frozen_products(model.model.diffusion_model, ComfyWeights(model.load_device)))
+        for patcher in beside:
+            stack.enter_context(frozen_products(patcher.model, ComfyWeights(patcher.load_device)))
         yield
 
 

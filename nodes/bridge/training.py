@@ -13,7 +13,6 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...training.adapters.attach import layers_to_adapt
 from ...training.data.captions import contains, styled
 from ...training.data.concepts import PRIOR_SHARE, STYLE
 from ...training.data.dataset import Dataset
@@ -28,9 +27,11 @@ from ...training.loops.config import TrainConfig
 from ...training.loops.events import Event
 from ...training.loops.samples import find_samples
 from ...training.loops.saving import Saving
+from ...training.loops.subject import parts_of
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
 from .board import Address
+from .denoiser import ComfyDenoiser
 from .encodings import Encodings
 from .families import latents_per_token, model_name
 from .files import adapter_pattern
@@ -46,6 +47,7 @@ from .runs import ENCODED, Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
 from .starting import refuse_windowed, start_from
+from .text_encoders import describe, resident, trainable_text_encoders
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,10 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution, answers=job.answers, encodings=encodings)
     config = replace(config, density=config.density.stated_for(host.reference_tokens))
     job = replace(job, config=config)
-    layers_to_adapt(host.denoiser.module, config.adapter, family=host.denoiser.family)  # before pictures are encoded
+    if config.text_encoder_learning_rate:
+        host = replace(host, text_encoders=trainable_text_encoders(sockets.clip))
+    for part in parts_of(host.denoiser, config, host.text_encoders):  # before pictures are encoded
+        part.layers(config.adapter)
     identity = identity_of(
         host.denoiser, model, sockets.clip, sockets.vae, job.items, job.caption_mode, job.prior_share
     )
@@ -151,13 +156,14 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
             return _train(sockets, job, host, dataset, directory, identity, report, painter, saving, start)
 
         with _published_if_stopped(run, config.steps):
-            training = Training(model, host, dataset, config, run.folder, progress)
+            training = Training(model, sockets.clip, host, dataset, config, run.folder, progress)
             result = train_within_memory(training, lambda: _try(host, dataset), trains)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
     clear_states(job.keep_checkpoints)
     logger.info("trained %d steps, saved %s", result.steps_done, path)
-    progress.finished(f"{result.steps_done} steps, saved {path.name}")
+    also = f"; {describe(sockets.clip)} trained, too" if host.text_encoders else ""
+    progress.finished(f"{result.steps_done} steps, saved {path.name}{also}")
     samples = find_samples(directory.samples, config.sample_prompts, until=config.steps)
     return TrainedAdapter(read_tensors(path), result.losses, path, run.folder, samples, progress.ui())
 
@@ -186,8 +192,18 @@ def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgres
     assert sockets.clip is not None and sockets.vae is not None, "require_sockets asked for them"
     brush = job.brush.sized(host.resolution, host.pixels_per_token, host.name)
     positives = [conditioning_of(sockets.clip, prompt) for prompt in sample_prompts(job)]
-    subject = Subject(positives, conditioning_of(sockets.clip, job.negative))
-    return Painter(sockets.model, sockets.vae, lambda: subject, brush, progress)
+    before = Subject(positives, conditioning_of(sockets.clip, job.negative))
+    denoiser, clip = host.denoiser, resident(sockets.clip)
+    assert isinstance(denoiser, ComfyDenoiser), "comfy_host makes one"
+
+    def subject() -> Subject:
+        if denoiser.prompts.lasting:
+            return before
+        # Now an adapter is on the text encoder, which is loaded.
+        positives = [conditioning_of(clip, prompt) for prompt in sample_prompts(job)]
+        return Subject(positives, conditioning_of(clip, job.negative))
+
+    return Painter(sockets.model, sockets.vae, subject, brush, progress)
 
 
 def draw_before(painter: Painter, run: RunDirectory, config: TrainConfig, progress: TrainingProgress) -> None:
@@ -257,6 +273,8 @@ def _train(
         conditioning=host.training_conditioning,
         base_model=model_name(sockets.model),
         unet_layers=host.unet_layers,
+        text_encoders=host.text_encoders,
+        text_device=None if sockets.clip is None else sockets.clip.patcher.load_device,
         identity=identity,
         saving=saving,
         start=start,

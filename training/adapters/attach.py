@@ -1,7 +1,9 @@
-"""An adapter on a frozen module tree, for the time of a ``with`` block."""
+"""An adapter on frozen module trees, for the time of a ``with`` block."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,30 @@ if TYPE_CHECKING:
 ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the module trees under an adapter: a model's network, or a text encoder beside it."""
+
+    module: nn.Module
+    family: str  # of the target presets
+    targets: str | tuple[str, ...]  # a preset, or patterns
+    prefix: str = ""  # of its layers' names: "" for the network, "text_encoder.text_model." for SD1.5's CLIP
+    device: torch.device | None = None  # where it computes; None = where its weights are
+
+    def layers(self, config: AdapterConfig) -> list[str]:
+        """Those that get the adapter, without the prefix. ValueError where it cannot be put on them."""
+        return layers_to_adapt(self.module, replace(config, targets=self.targets), family=self.family)
+
+
+def parts_named(trees: Mapping[str, nn.Module], names: Iterable[str], family: str) -> list[Part]:
+    """Parts with exactly these layers, of trees by their prefix: "" for the network's."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        prefix = max((prefix for prefix in trees if name.startswith(prefix)), key=len)
+        inside.setdefault(prefix, []).append(rf"\A{re.escape(name.removeprefix(prefix))}")
+    return [Part(trees[prefix], family, tuple(patterns), prefix) for prefix, patterns in inside.items()]
+
+
 class Adapter:
     """A handle on what :func:`attached` put into a model. Only these parameters require a gradient."""
 
@@ -31,11 +57,20 @@ class Adapter:
     ) -> None:
         self.config = config
         self.names = list(layers)  # of the adapted layers, in the model's order
+        self._by_name = layers
         self._layers = list(layers.values())
         self._tensors = tensors
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._tensors.values())
+
+    def layer(self, name: str) -> "BaseTunerLayer":
+        """peft's layer of this name, around the frozen one."""
+        return self._by_name[name]
+
+    def parameters_under(self, prefix: str) -> list[nn.Parameter]:
+        """Those of the layers whose names begin so."""
+        return [tensor for name, tensor in self._tensors.items() if name.startswith(prefix)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the adapter's tensors under peft's names, ``<layer>.lora_A.weight``."""
@@ -94,6 +129,7 @@ def attached(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,  # where the layers compute; None = where their weights are
+    prefix: str = "",  # of all names
 ) -> Iterator[Adapter]:
     """Puts an adapter on ``module``, and takes it off without a trace.
 
@@ -107,13 +143,41 @@ def attached(
     _refuse_unreadable(module, config, names)
     with frozen_products(module), _restored(module, names):
         layers = _inject(module, config, names)
-        tensors = _tensors(module, layers)
+        tensors = {prefix + name: tensor for name, tensor in _tensors(module, layers).items()}
         for name, tensor in tensors.items():
             _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
         for layer in layers.values():
             _measure_magnitudes(layer)
         with low_rank_products(layers.values()), recomputed_deltas(layers.values()):
-            yield Adapter(config, layers, tensors)
+            yield Adapter(config, {prefix + name: layer for name, layer in layers.items()}, tensors)
+
+
+@contextmanager
+def attached_to_parts(parts: Sequence[Part], config: AdapterConfig, *, seed: int) -> Iterator[Adapter]:
+    """:func:`attached` to several trees at once: one adapter, whose method, rank and scale are those of all."""
+    with ExitStack() as stack:
+        adapters = [
+            stack.enter_context(
+                attached(
+                    part.module,
+                    replace(config, targets=part.targets),
+                    family=part.family,
+                    seed=seed,
+                    device=part.device,
+                    prefix=part.prefix,
+                )
+            )
+            for part in parts
+        ]
+        yield _joined(config, adapters)
+
+
+def _joined(config: AdapterConfig, adapters: Sequence[Adapter]) -> Adapter:
+    layers, tensors = {}, {}
+    for adapter in adapters:
+        layers |= adapter._by_name
+        tensors |= adapter._tensors
+    return Adapter(config, layers, tensors)
 
 
 def layers_to_adapt(module: nn.Module, config: AdapterConfig, *, family: str) -> list[str]:

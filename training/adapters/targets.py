@@ -120,6 +120,12 @@ TARGETS |= {
 }
 
 
+_CLIP_ATTENTION = r"layers\.\d+\.self_attn\.(?:q|k|v|out)_proj"
+# For CLIP's text models, the only text encoders that adapters' files have names for everywhere. diffusers trains the
+# first (train_dreambooth_lora_sdxl.py), kohya's sd-scripts the second.
+TEXT_TARGETS = {"attention": (_CLIP_ATTENTION,), "all": (_CLIP_ATTENTION, r"layers\.\d+\.mlp\.fc[12]")}
+
+
 def target_patterns(family: str, targets: str | Iterable[str]) -> tuple[str, ...]:
     """The patterns of a preset, or the patterns given. An unknown family has the generic presets."""
     if not isinstance(targets, str):

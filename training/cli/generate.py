@@ -58,7 +58,7 @@ def generate(
         raise ValueError(f"Got --precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     pixels = size_of(size)
     host = load_host(model, device_of(device), getattr(torch, precision), components=components)
-    with wearing(host, adapter) as phrase, progress_bar() as update:
+    with wearing(host, adapter) as (host, phrase), progress_bar() as update:
         asked = prompts if plain else in_style(prompts, phrase)
         pictures = draw(
             host,
@@ -76,35 +76,39 @@ def generate(
 
 
 @contextmanager
-def wearing(host: "Host", adapter: Path | None) -> Iterator[str]:
-    """Inside, the host's model has the adapter of this file. Gives its style phrase, "" if it has none.
+def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str]]:
+    """Inside, the host's model has the adapter of this file. Gives the host to draw with, whose text encoders have
+    their part of it, and the adapter's style phrase, "" if it has none.
 
     ValueError for an adapter of another family, or one whose layers the model does not have.
     """
     if adapter is None:
-        yield ""
+        yield host, ""
         return
-    from ..adapters.attach import attached
+    from ..adapters.attach import attached_to_parts, parts_named
     from ..adapters.methods import AdapterConfig
     from ..formats.adapters import load_adapter
+    from ..formats.contents import read_adapter
+    from ..formats.keys import TEXT_ENCODER
+    from ..hosts.text import with_text_encoders
 
-    family = host.denoiser.family
-    loaded = load_adapter(adapter, "diffusers", weights=weights_of(host))
-    if loaded.family != family:
-        raise ValueError(
-            f"{adapter} is an adapter for {loaded.family or 'an unknown family'}, and the model is {family}"
-        )
-    config = AdapterConfig(
-        method=loaded.method, rank=loaded.rank, alpha=loaded.alpha, targets=tuple(map(re.escape, loaded.names))
-    )
-    with attached(host.denoiser.module, config, family=family, seed=0) as attachment:
+    file, family = read_adapter(adapter), host.denoiser.family
+    if file.family != family:
+        raise ValueError(f"{adapter} is an adapter for {file.family or 'an unknown family'}, and the model is {family}")
+    if any(name.startswith(TEXT_ENCODER) for name in file.layers):
+        host = with_text_encoders(host)
+    loaded = load_adapter(adapter, "diffusers", weights=weights_of(host), text_encoders=True)
+    config = AdapterConfig(method=loaded.method, rank=loaded.rank, alpha=loaded.alpha)
+    trees = {"": host.denoiser.module, **host.text_encoders}
+    with attached_to_parts(parts_named(trees, loaded.names, family), config, seed=0) as attachment:
         attachment.load_state_dict(loaded.state)
-        yield loaded.about.style_phrase if loaded.about else ""
+        yield host, loaded.about.style_phrase if loaded.about else ""
 
 
 def weights_of(host: "Host") -> Callable[[str], "Tensor"]:
-    """Gives the weight of a layer of the host's model by its name."""
-    parameters = dict(host.denoiser.module.named_parameters())
+    """Gives the weight of a layer of the host's model, or of a text encoder in it, by its name."""
+    trees = {"": host.denoiser.module, **host.text_encoders}
+    parameters = {prefix + name: value for prefix, tree in trees.items() for name, value in tree.named_parameters()}
     return lambda name: parameters[f"{name}.weight"]
 
 

@@ -48,6 +48,8 @@ HELP = {
     "report_every": "Steps between reports, at most.",
     "sample_every": "Steps between sample pictures, the last of which come at the end; 0 = none.",
     "sample_prompts": "What the sample pictures show; may be repeated.",
+    "text_encoder_learning_rate": "Trains the CLIP text encoders too, at this rate, for example 5e-6; 0 = not.",
+    "text_encoder_targets": "Which of their layers: attention, or all (with the MLPs).",
     "adapter.method": "lora, rslora, dora, lokr, loha, oft.",
     "adapter.rank": "Inner dimension of the adapter.",
     "adapter.alpha": "The adapter is scaled by alpha / rank. (default: the rank)",
@@ -134,9 +136,10 @@ def nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
 def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "TrainResult":
     import torch
 
-    from ..adapters.attach import layers_to_adapt
     from ..data.encoding import encode
     from ..hosts.loading import load_host
+    from ..hosts.text import with_text_encoders
+    from ..loops.subject import parts_of
     from ..loops.train import train as train_adapter
     from .pictures import at_sizes, items_of, phrase_of
 
@@ -144,8 +147,11 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
     items = items_of(job, options)
     dtype = getattr(torch, options.precision)
     host = load_host(job.model, device_of(job.device), dtype, components=job.components)
+    if options.text_encoder_learning_rate:
+        host = with_text_encoders(host)
     options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
-    layers_to_adapt(host.denoiser.module, options.adapter, family=host.denoiser.family)  # before pictures are encoded
+    for part in parts_of(host.denoiser, options, host.text_encoders):  # before pictures are encoded
+        part.layers(options.adapter)
     start = start_at(job.init_adapter, host, options)
     resolution = options.resolution or host.resolution
     dataset = encode(
@@ -182,6 +188,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
             unet_layers=host.unet_layers,
             start=start,
             saving=saving,
+            text_encoders=host.text_encoders,
         )
 
 

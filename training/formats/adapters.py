@@ -101,18 +101,23 @@ def load_adapter(
     *,
     family: str | None = None,  # None = as the file says or tells
     weights: Weights | None = None,  # needed for a DoRA written for ComfyUI
+    text_encoders: bool = False,  # whether to keep their layers; else they are left out, with a warning
 ) -> LoadedAdapter:
     """Reads an adapter of any style for training it further or drawing with it.
 
-    Parts for text encoders are left out, with a warning. A LoKr comes back as a LoRA where it was trained in another
-    layout or with another tool, for peft alone decides how layers are factored. ValueError names a file that is no
-    adapter, or that cannot be had in this layout.
+    A LoKr comes back as a LoRA where it was trained in another layout or with another tool, for peft alone decides
+    how layers are factored. ValueError names a file that is no adapter, or that cannot be had in this layout.
     """
-    return loaded_from(read_adapter(path), layout, family=family, weights=weights)
+    return loaded_from(read_adapter(path), layout, family=family, weights=weights, text_encoders=text_encoders)
 
 
 def loaded_from(
-    file: AdapterFile, layout: str | None = None, *, family: str | None = None, weights: Weights | None = None
+    file: AdapterFile,
+    layout: str | None = None,
+    *,
+    family: str | None = None,
+    weights: Weights | None = None,
+    text_encoders: bool = False,
 ) -> LoadedAdapter:
     """The same of a file that is open already."""
     path = file.path
@@ -120,7 +125,7 @@ def loaded_from(
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
     family = family or file.family or ""
-    layers = {name: layer for name, layer in file.layers.items() if not name.startswith(TEXT_ENCODER)}
+    layers = {name: layer for name, layer in file.layers.items() if text_encoders or not name.startswith(TEXT_ENCODER)}
     if left_out := len(file.layers) - len(layers):
         logger.warning("%s: left out %d layers of text encoders", path, left_out)
     trained = file.header.get(LAYOUT_KEY)
@@ -218,9 +223,8 @@ def _unet_layers(file: AdapterFile) -> int:
 
 
 def _layout(file: AdapterFile) -> str | None:
-    names = [name for name in file.layers if not name.startswith(TEXT_ENCODER)]
     try:
-        return layout_of(file.family or "", names, _unet_layers(file))
+        return layout_of(file.family or "", file.layers, _unet_layers(file))
     except ValueError:
         return None
 

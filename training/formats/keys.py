@@ -34,9 +34,14 @@ def is_swapped(family: str, native: str, inputs: int, outputs: int) -> bool:
 
 
 def layout_of(family: str, names: Iterable[str], unet_layers: int = UNET_LAYERS) -> str:
-    """The layout that all these names are of. ValueError names one that fits none, or mixed layouts."""
+    """The layout that all these names are of. ValueError names one that fits none, or mixed layouts.
+
+    Text encoders have the same names in every layout.
+    """
     candidates = set(LAYOUTS)
     for name in names:
+        if name.startswith(TEXT_ENCODER):
+            continue
         fits = set()
         if native_place(family, name, unet_layers):
             fits.add("diffusers")

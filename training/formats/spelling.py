@@ -94,7 +94,7 @@ def _layer_name(name: str) -> str:
 
 def write_name(style: str, family: str, layout: str, name: str) -> str:
     """A layer's name as the style spells it. A diffusers layout in a native style is what could not be fused."""
-    if name.startswith(TEXT_ENCODER) and style in ("kohya", "comfyui"):
+    if name.startswith(TEXT_ENCODER) and style == "kohya":
         encoder, _, rest = name.partition(".")
         number = encoder.removeprefix(TEXT_ENCODER).removeprefix("_") or ("" if family == "sd15" else "1")
         return f"lora_te{number}_{rest.replace('.', '_')}"
@@ -102,10 +102,10 @@ def write_name(style: str, family: str, layout: str, name: str) -> str:
         return f"base_model.model.{name}"
     if style == "kohya" and (layout == "native" or family in _UNETS):
         return f"lora_unet_{name.replace('.', '_')}"
+    if name.startswith(TEXT_ENCODER):
+        return name  # diffusers' own, and known to ComfyUI for the CLIP of every family
     if style == "comfyui" and layout == "native":
         return f"diffusion_model.{name}"
-    if name.startswith(TEXT_ENCODER):
-        return name
     return f"unet.{name}" if family in _UNETS else f"transformer.{name}"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Conditioning
+from .host import TextEncoders
 from .parts import Parts
 
 if TYPE_CHECKING:
@@ -55,20 +56,58 @@ class Autoencoder:
             yield vae
 
 
-def prompt_encoder(
-    parts: Parts, denoiser: nn.Module, encode: Callable[[Any, list[str], str], Conditioning]
-) -> Callable[[list[str]], Conditioning]:
-    """A host's ``encode_prompts``; ``encode`` asks one kind of diffusers pipeline."""
-    load = functools.cache(lambda: parts.load_text_pipeline(denoiser))
+class PromptEncoder:
+    """A host's way of reading prompts: a diffusers pipeline, which knows it, of nothing but text encoders.
+
+    ``encode`` asks one kind of pipeline.
+    """
+
+    def __init__(
+        self, parts: Parts, denoiser: nn.Module, encode: Callable[[Any, list[str], str], Conditioning]
+    ) -> None:
+        self.device = parts.device
+        self._encode = encode
+        self._load = functools.cache(lambda: parts.load_text_pipeline(denoiser))
 
     @torch.no_grad()
-    def encode_prompts(prompts: list[str]) -> Conditioning:
-        pipeline = load()
-        encoders = [part for name, part in pipeline.components.items() if part and name.startswith("text_encoder")]
-        with awake(encoders, parts.device):
-            return encode(pipeline, prompts, parts.device)
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """One row a prompt. The encoders are on the device only for as long."""
+        with awake(self._encoders().values(), self.device):
+            return self._encode(self._load(), prompts, self.device)
 
-    return encode_prompts
+    def open(self) -> TextEncoders:
+        """The CLIPs, to be trained. Other encoders answer each prompt once, and leave the device then."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        modules = {}
+        for name, encoder in self._encoders().items():
+            if isinstance(encoder, CLIPTextModel | CLIPTextModelWithProjection):
+                # Since transformers 5 the model without a projection is its own text transformer.
+                inside = dict(encoder.to(self.device).named_children()).get("text_model", encoder)
+                modules[f"{name}.text_model."] = inside
+            else:
+                answer_once(encoder, self.device)
+        return TextEncoders(modules, lambda prompts: self._encode(self._load(), prompts, self.device))
+
+    def _encoders(self) -> dict[str, nn.Module]:
+        components = self._load().components
+        return {name: part for name, part in components.items() if part and name.startswith("text_encoder")}
+
+
+def answer_once(encoder: nn.Module, device: str) -> None:
+    """Has a frozen encoder keep what it answers to tokens (1, n), and rest in main memory otherwise."""
+    answers: dict[tuple, Any] = {}
+    forward = encoder.forward
+
+    @torch.no_grad()
+    def remembering(input_ids: Tensor, **options: Any) -> Any:
+        key = (tuple(map(tuple, input_ids.tolist())), *sorted(options.items()))
+        if key not in answers:
+            with awake([encoder], device):
+                answers[key] = forward(input_ids, **options)
+        return answers[key]
+
+    encoder.forward = remembering
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clocks import FlowClock, flow_schedule, flux_shift_mu
 from ..denoiser import Conditioning
 from ..formats.keys_flux import flux_config, flux_to_diffusers
-from .encoders import Autoencoder, prompt_encoder
+from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import Parts, reading
 
@@ -117,12 +117,14 @@ def open_flux(parts: Parts) -> Host:
     parts.require_channels(transformer.config.in_channels, 4 * autoencoder.channels)
     shifted = bool(parts.config("scheduler").get("use_dynamic_shifting"))
     denoiser = FluxDenoiser(transformer.to(parts.device))
+    text = PromptEncoder(parts, transformer, encode)
     return Host(
         name=parts.name,
         denoiser=denoiser,
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
-        encode_prompts=prompt_encoder(parts, transformer, encode),
+        encode_prompts=text.encode_prompts,
+        open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=2 * autoencoder.pixels_per_latent,
         resolution=1024,

@@ -1,9 +1,9 @@
 """What a loop needs of a model: the denoiser, and the ways in and out of its latent space."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..clocks import flow_schedule
 from ..denoiser import Conditioning, Denoiser
@@ -12,6 +12,14 @@ from ..formats.keys import UNET_LAYERS
 
 def _unshifted(steps: int, tokens: int) -> Tensor:
     return flow_schedule(steps)
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """CLIPs on the device, to stay there."""
+
+    modules: Mapping[str, nn.Module]  # text transformers, by how their layers' names begin: "text_encoder.text_model."
+    encode: Callable[[list[str]], Conditioning]  # one row a prompt, with gradients
 
 
 @dataclass(frozen=True)
@@ -33,4 +41,7 @@ class Host:
     schedule: Callable[[int, int], Tensor] = _unshifted  # (steps, image tokens) -> log_snr (steps + 1,) to sample at
     reference_tokens: int | None = None  # laws are stated for so many image tokens, and carried; None = for any
     unet_layers: int = UNET_LAYERS  # residual layers a level of a UNet; nothing to other families
+    # CLIPs that an adapter can be on, as they are opened, and those that are inside of the denoiser (see :mod:`.text`).
+    open_text_encoders: Callable[[], TextEncoders] | None = None
+    text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled

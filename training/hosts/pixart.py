@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..clocks import DiscreteClock, discrete_schedule
 from ..denoiser import Conditioning
-from .encoders import Autoencoder, prompt_encoder
+from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import DENOISER_PREFIX, Parts, reading
 from .unet import discrete_clock, prediction_of
@@ -131,7 +131,7 @@ def open_pixart(parts: Parts) -> Host:
         denoiser=PixArtDenoiser(transformer, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
-        encode_prompts=prompt_encoder(parts, transformer, encode),
+        encode_prompts=PromptEncoder(parts, transformer, encode).encode_prompts,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=transformer.config.patch_size * autoencoder.pixels_per_latent,
         resolution=transformer.config.sample_size * autoencoder.pixels_per_latent,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..clocks import FlowClock, flow_schedule
 from ..denoiser import Conditioning
-from .encoders import Autoencoder, prompt_encoder
+from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import Parts
 
@@ -45,12 +45,14 @@ def open_sd3(parts: Parts) -> Host:
     transformer, autoencoder = parts.load("transformer", parts.dtype).to(parts.device), Autoencoder(parts)
     parts.require_channels(transformer.config.in_channels, autoencoder.channels)
     shift = parts.config("scheduler").get("shift", 1.0)
+    text = PromptEncoder(parts, transformer, encode)
     return Host(
         name=parts.name,
         denoiser=SD3Denoiser(transformer),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
-        encode_prompts=prompt_encoder(parts, transformer, encode),
+        encode_prompts=text.encode_prompts,
+        open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=transformer.config.patch_size * autoencoder.pixels_per_latent,
         resolution=transformer.config.sample_size * autoencoder.pixels_per_latent,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..clocks import DiscreteClock, discrete_schedule, linear_alphas, scaled_linear_alphas, zero_terminal_snr
 from ..denoiser import Conditioning
-from .encoders import Autoencoder, prompt_encoder
+from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import Parts
 
@@ -96,12 +96,14 @@ def open_unet(parts: Parts) -> Host:
     clock, prediction = discrete_clock(scheduler), prediction_of(scheduler)
     unet = parts.load("unet", parts.dtype).to(parts.device)
     parts.require_channels(unet.config.in_channels, autoencoder.channels)
+    text = PromptEncoder(parts, unet, ENCODE[parts.family])
     return Host(
         name=parts.name,
         denoiser=UNetDenoiser(parts.family, unet, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
-        encode_prompts=prompt_encoder(parts, unet, ENCODE[parts.family]),
+        encode_prompts=text.encode_prompts,
+        open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         # A UNet has no tokens. Counted like a transformer's, so that one resolution rule holds for all.
         pixels_per_token=2 * autoencoder.pixels_per_latent,

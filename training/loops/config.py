@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters.methods import AdapterConfig
+from ..adapters.targets import TEXT_TARGETS
 from ..densities import DensityConfig, preset_density
 from ..losses import LOSSES
 from ..weightings import WEIGHTINGS
-from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer
+from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_rates
 from .tables import from_table, to_table
 
 PRECISIONS = ("float32", "bfloat16")
@@ -49,6 +50,10 @@ class TrainConfig:
     report_every: int = 10  # steps; a report also comes once half a second has passed
     sample_every: int = 0  # steps between sample pictures; 0 = none
     sample_prompts: tuple[str, ...] = ()
+    # Of the adapter's part on CLIP text encoders, which captions then go through in every step; 0 = they are left as
+    # they are. diffusers' DreamBooth scripts for LoRA take 5e-6 by default. Not in the paper.
+    text_encoder_learning_rate: float = 0.0
+    text_encoder_targets: str = "attention"  # a key of TEXT_TARGETS
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
 
@@ -57,6 +62,8 @@ class TrainConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("save_every", "sample_every", "weight_decay", "clip_norm", "offset_noise"):
             _require(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        rate = self.text_encoder_learning_rate
+        _require(self, "text_encoder_learning_rate", 0 <= rate < math.inf, "0 for none, or a rate such as 5e-6")
         for name, table in _CHOICES.items():
             _require(self, name, getattr(self, name) in table, f"one of {', '.join(table)}")
         _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number, for example 1e-4")
@@ -65,6 +72,7 @@ class TrainConfig:
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "a share from 0 to 1")
         _require(self, "resolution", self.resolution is None or self.resolution >= 1, "pixels, for example 1024")
         check_optimizer(self.optimizer, self.learning_rate, self.scheduler, self.ema_decay)
+        check_rates(self.optimizer, self.learning_rate, rate)
         preset_density(self.density)
 
     @property
@@ -94,4 +102,5 @@ _CHOICES = {
     "weighting": WEIGHTINGS,
     "precision": PRECISIONS,
     "memory": MEMORY,
+    "text_encoder_targets": TEXT_TARGETS,
 }

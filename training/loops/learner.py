@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..adapters.attach import Adapter
+from ..formats.keys import TEXT_ENCODER
 from .config import TrainConfig
-from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, build_schedule
+from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, Group, build_schedule
 
 
 class Average:
@@ -41,6 +42,14 @@ class Average:
             tensor.copy_(saved)
 
 
+def _groups(adapter: Adapter, text_rate: float) -> list[Group]:
+    """The network's parameters at the learning rate of the run, and a text encoder's at their own."""
+    text = adapter.parameters_under(TEXT_ENCODER)
+    known = set(map(id, text))
+    rest = [parameter for parameter in adapter.parameters() if id(parameter) not in known]
+    return [{"params": rest}, {"params": text, "lr": text_rate}] if text else [{"params": rest}]
+
+
 class Learner:
     """One adapter, its optimiser and schedule, the average of its weights, and how far it has come."""
 
@@ -48,7 +57,10 @@ class Learner:
         self.adapter = adapter
         self.parameters: list[nn.Parameter] = list(adapter.parameters())
         self.optimizer: Any = OPTIMIZERS[config.optimizer](
-            self.parameters, config.learning_rate, config.weight_decay, config.warm_up
+            _groups(adapter, config.text_encoder_learning_rate),
+            config.learning_rate,
+            config.weight_decay,
+            config.warm_up,
         )
         warm_up = 0 if config.optimizer in WARMS_UP_ITSELF else config.warm_up
         self.schedule = build_schedule(config.scheduler, self.optimizer, config.steps, warm_up)

@@ -1,36 +1,38 @@
 """Optimisers and learning-rate schedules, all from libraries, by the names that a configuration uses.
 
-Each optimiser is a function ``(parameters, learning_rate, weight_decay, warm_up) -> Optimizer``; only schedule-free
-does its warm-up itself. Each schedule is a function of the share of the run that is done, in [0, 1], to a factor of
-the learning rate.
+Each optimiser is a function ``(groups, learning_rate, weight_decay, warm_up) -> Optimizer`` of groups of parameters,
+some of which may state another rate (``lr``); only schedule-free does its warm-up itself. Each schedule is a function
+of the share of the run that is done, in [0, 1], to a factor of the learning rate.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+Group = dict[str, Any]  # "params", a list of parameters, and "lr" where the rate is another one
 BETAS = (0.9, 0.999)
 # Prodigy multiplies its own estimate by the learning rate: a value below this is one that was meant for Adam.
 SMALLEST_PRODIGY_RATE = 0.01
 
 
-def adam(parameters: list[Parameter], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
+def adam(groups: list[Group], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
     """Adam (arXiv 1412.6980), the paper's."""
-    fused = _fused(parameters)
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
+    fused = _fused(groups)
+    return torch.optim.Adam(groups, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
 
 
-def adamw(parameters: list[Parameter], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
+def adamw(groups: list[Group], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
     """AdamW (arXiv 1711.05101); without weight decay it is Adam."""
-    fused = _fused(parameters)
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
+    fused = _fused(groups)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
 
 
-def adamw_8bit(parameters: list[Parameter], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
+def adamw_8bit(groups: list[Group], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
     """AdamW with its averages in 8 bits (arXiv 2110.02861). ValueError where bitsandbytes is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -39,32 +41,33 @@ def adamw_8bit(parameters: list[Parameter], learning_rate: float, weight_decay: 
             f"The optimizer 'adamw-8bit' needs bitsandbytes, which cannot be imported ({error}): "
             "pip install bitsandbytes, or use 'adamw'."
         ) from error
-    return AdamW8bit(parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay)
+    return AdamW8bit(groups, lr=learning_rate, betas=BETAS, weight_decay=weight_decay)
 
 
-def prodigy(parameters: list[Parameter], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
+def prodigy(groups: list[Group], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
     """Prodigy (arXiv 2306.06101), which finds the learning rate itself. It waits for the device twice a tensor."""
     from prodigyopt import Prodigy
 
-    optimizer = Prodigy(parameters, lr=learning_rate, betas=BETAS, safeguard_warmup=warm_up > 0)
+    optimizer = Prodigy(groups, lr=learning_rate, betas=BETAS, safeguard_warmup=warm_up > 0)
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay  # given to the constructor, it is announced on stdout
     return optimizer
 
 
-def schedule_free(parameters: list[Parameter], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
+def schedule_free(groups: list[Group], learning_rate: float, weight_decay: float, warm_up: int) -> Optimizer:
     """Schedule-free AdamW (arXiv 2405.15682): an average of the weights takes the place of a schedule."""
     from schedulefree import AdamWScheduleFree
 
     optimizer = AdamWScheduleFree(
-        parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, warmup_steps=warm_up
+        groups, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, warmup_steps=warm_up
     )
     optimizer.train()
     return optimizer
 
 
-def _fused(parameters: Iterable[Parameter]) -> bool | None:
+def _fused(groups: Iterable[Group]) -> bool | None:
     """One kernel for all tensors, where torch has one; None leaves the choice to torch."""
+    parameters: Iterator[Parameter] = (parameter for group in groups for parameter in group["params"])
     return True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
 
 
@@ -79,6 +82,15 @@ def check_optimizer(name: str, learning_rate: float, scheduler: str, ema_decay: 
         raise ValueError(
             f"Got scheduler={scheduler!r} and ema_decay={ema_decay} for the optimizer 'schedule-free', which averages "
             "the weights instead: expected 'constant' and 0."
+        )
+
+
+def check_rates(name: str, learning_rate: float, text_encoder_learning_rate: float) -> None:
+    """ValueError for two learning rates where the optimiser ``name`` has one estimate for everything."""
+    if name == "prodigy" and text_encoder_learning_rate not in (0, learning_rate):
+        raise ValueError(
+            f"Got text_encoder_learning_rate={text_encoder_learning_rate} beside learning_rate={learning_rate} for the "
+            "optimizer 'prodigy', which makes one estimate for all parameters: expected 0 or the same number."
         )
 
 
@@ -111,7 +123,7 @@ def build_schedule(name: str, optimizer: Optimizer, steps: int, warm_up: int) ->
     return LambdaLR(optimizer, factor)
 
 
-OPTIMIZERS: dict[str, Callable[[list[Parameter], float, float, int], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[Group], float, float, int], Optimizer]] = {
     "adamw": adamw,
     "adam": adam,
     "adamw-8bit": adamw_8bit,

@@ -26,6 +26,10 @@ class Saving:
             module, checkpoint=every or self.recomputed, offload=device if self.offload and self.recomputed else None
         )
 
+    def beside(self) -> "Saving":
+        """For a text encoder beside the network: all or nothing, for its blocks are small."""
+        return Saving(frozenset({ALL}) if self.recomputed else frozenset())
+
     def cheaper(self, module: nn.Module) -> "Saving | None":
         """The next setting that takes less memory; None where this is the last one."""
         blocks = len(repeated_blocks(module))

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..adapters.attach import Adapter, Part
 from ..adapters.stand_in import base_weight
+from ..adapters.targets import TEXT_TARGETS
 from ..data.dataset import Dataset
 from ..denoiser import Denoiser
 from ..densities import Density
@@ -23,8 +26,33 @@ class Subject:
     weights: Weights  # of the frozen layers under an adapter, by name
 
 
+def parts_of(
+    denoiser: Denoiser,
+    config: TrainConfig,
+    text_encoders: Mapping[str, nn.Module],
+    *,
+    device: torch.device | None = None,
+    text_device: torch.device | None = None,
+) -> list[Part]:
+    """What the adapter is on: the network, and the text encoders where they are trained, too.
+
+    ``text_encoders`` by the beginnings of their layers' names. ValueError where a rate is given and there are none.
+    """
+    parts = [Part(denoiser.module, denoiser.family, config.adapter.targets, device=device)]
+    if not config.text_encoder_learning_rate:
+        return parts
+    if not text_encoders:
+        raise ValueError(
+            f"Got text_encoder_learning_rate={config.text_encoder_learning_rate} for a {denoiser.family} model without "
+            "a CLIP text encoder that can be trained: expected 0."
+        )
+    patterns = TEXT_TARGETS[config.text_encoder_targets]
+    return parts + [Part(module, "clip", patterns, prefix, text_device) for prefix, module in text_encoders.items()]
+
+
 def subject_of(
     denoiser: Denoiser,
+    adapter: Adapter,
     dataset: Dataset,
     config: TrainConfig,
     *,
@@ -34,11 +62,10 @@ def subject_of(
     identity: Mapping[str, Any] | None = None,
     start: Start | None = None,
 ) -> Subject:
-    """The subject of a run whose adapter is on ``denoiser.module`` now. ``identity``: None = :func:`identity_of`."""
+    """The subject of a run whose adapter is in place. ``identity``: None = :func:`identity_of`."""
 
     def weights(name: str) -> Tensor:
-        adapted: Any = denoiser.module.get_submodule(name)  # peft's, around the layer
-        return base_weight(adapted)
+        return base_weight(adapter.layer(name))
 
     pictures = dataset.pictures
     about = replace(_about(denoiser, config, pictures, density, base_model), unet_layers=unet_layers)

@@ -136,7 +136,7 @@ def adapter_cost(adapter: Adapter, config: TrainConfig, device: torch.device) ->
     try:
         with Footprint(device) as cost:
             optimizer = OPTIMIZERS[config.optimizer](
-                parameters, config.learning_rate, config.weight_decay, config.warm_up
+                [{"params": parameters}], config.learning_rate, config.weight_decay, config.warm_up
             )
             optimizer.step()
             states = cost.lap().live

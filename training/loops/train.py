@@ -14,13 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from ..adapters.attach import attached
+from ..adapters.attach import attached_to_parts
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
@@ -37,7 +38,7 @@ from .meter import Meter
 from .passes import Noised, learn_from
 from .recorder import Recorder
 from .saving import Saving, as_configured
-from .subject import subject_of
+from .subject import parts_of, subject_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def train(
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options; None = identity_of
     start: Start | None = None,  # an adapter to begin with; None = one that does nothing yet
+    text_encoders: Mapping[str, nn.Module] = MappingProxyType({}),  # that the denoiser runs, by their layers' prefix
+    text_device: torch.device | None = None,  # where they compute; None = where their weights are
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -83,17 +86,20 @@ def train(
     law = cache(partial(_law, denoiser, config))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(run_dir)) if isinstance(run_dir, Path) else run_dir
-        adapter = stack.enter_context(
-            attached(denoiser.module, config.adapter, family=denoiser.family, seed=config.seed, device=device)
-        )
+        parts = parts_of(denoiser, config, text_encoders, device=device, text_device=text_device)
+        adapter = stack.enter_context(attached_to_parts(parts, config.adapter, seed=config.seed))
         if start is not None:
             adapter.load_state_dict(start.joined(adapter.state_dict()))
             logger.info(start.said)
-        stack.enter_context((saving or as_configured(config)).applied(denoiser.module, device))
+        saving = saving or as_configured(config)
+        for part in parts:
+            chosen = saving if part.module is denoiser.module else saving.beside()
+            stack.enter_context(chosen.applied(part.module, device))
         learner, meter = Learner(adapter, config), Meter()
         density = law(_tokens(dataset.examples[0].latent, latents_per_token))
         subject = subject_of(
             denoiser,
+            adapter,
             dataset,
             config,
             density=density,

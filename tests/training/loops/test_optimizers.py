@@ -21,7 +21,7 @@ def bowl() -> tuple[list[nn.Parameter], torch.Tensor]:
 @pytest.mark.parametrize("name", RATES)
 def test_each_descends(name, capsys):
     parameters, goal = bowl()
-    optimizer = OPTIMIZERS[name](parameters, RATES[name], 0.01, 5)
+    optimizer = OPTIMIZERS[name]([{"params": parameters}], RATES[name], 0.01, 5)
 
     def loss():
         return sum((p - goal).square().sum() for p in parameters)
@@ -38,7 +38,7 @@ def test_each_descends(name, capsys):
 
 def test_adam_is_torchs_adam_bit_for_bit():
     ours, theirs = bowl()[0], bowl()[0]
-    first = OPTIMIZERS["adam"](ours, 1e-2, 0.0, 0)
+    first = OPTIMIZERS["adam"]([{"params": ours}], 1e-2, 0.0, 0)
     second = torch.optim.Adam(theirs, lr=1e-2, betas=(0.9, 0.999), fused=True)
     for parameters, optimizer in ((ours, first), (theirs, second)):
         for _ in range(3):
@@ -52,7 +52,7 @@ def test_a_missing_library_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
-        OPTIMIZERS["adamw-8bit"](bowl()[0], 1e-4, 0.0, 0)
+        OPTIMIZERS["adamw-8bit"]([{"params": bowl()[0]}], 1e-4, 0.0, 0)
 
 
 def rates(name: str, steps: int, warm_up: int) -> list[float]:
