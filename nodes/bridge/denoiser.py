@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...training.denoiser import Conditioning
 from ...training.predictions import convert
 from .families import family_of, is_film, is_mean_flow
+from .kept_conds import KeptConds
 from .kernels import OVERRIDE, Attention
 from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
@@ -44,7 +45,7 @@ class ComfyDenoiser:
         self._film = is_film(model)
         self._alone = is_mean_flow(model)
         self._options = transformer_options(model)
-        self._conds: dict[tuple, dict] = {}
+        self._conds = KeptConds()
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own prediction (b, c, ...) in float32."""
@@ -75,11 +76,12 @@ class ComfyDenoiser:
         prompts = conditioning[PROMPT].tolist()
         guidances = conditioning[GUIDANCE].tolist() if GUIDANCE in conditioning else [None] * len(prompts)
         keys = [(prompt, guidance, x.shape[1:]) for prompt, guidance in zip(prompts, guidances, strict=True)]
-        conds = self._conds if self.prompts.lasting else {}
+        conds = self._conds if self.prompts.lasting else KeptConds()
         for prompt, guidance, size in dict.fromkeys(keys):
             if (prompt, guidance, size) not in conds:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.prompts.lasting):
                     conds[prompt, guidance, size] = self._make_conds(x[:1], prompt, guidance)
+        conds.shrink(keys)
         return [conds[key] for key in keys]
 
     def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
