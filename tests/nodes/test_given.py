@@ -134,6 +134,7 @@ def test_conditioning_joined_in_one_is_one_a_latent_and_a_noise_mask_is_where_it
         ("dataset", {}, "nothing to train on"),
         (None, {"latents": [{"samples": torch.rand(1, 16, 8, 8)}]}, "latents would be ignored"),
         (None, {"conditioning": [[[torch.rand(1, 2, 3), {}]]]}, "conditioning would be ignored"),
+        ("clip", {"text_encoder_learning_rate": 1e-5}, "and to be trained"),
     ],
 )
 def test_what_is_missing_or_too_much_is_named(missing, changes, message, embedded, loras):
@@ -157,6 +158,7 @@ def test_what_is_missing_or_too_much_is_named(missing, changes, message, embedde
         ({"samples": torch.rand(2, 16, 8, 8), "noise_mask": torch.zeros(1, 1, 8, 8)}, {}, "black all over"),
         ({"samples": torch.rand(2, 16, 8, 8)}, {"caption_dropout": 0.1}, "needed for caption_dropout"),
         ({"samples": torch.rand(2, 16, 8, 8)}, {"sample_prompt": "star"}, "to draw sample pictures"),
+        ({"samples": torch.rand(2, 16, 8, 8)}, {"text_encoder_learning_rate": 1e-5}, "teach no text encoder"),
     ],
 )
 def test_latents_that_cannot_be_trained_on_are_named(latent, changes, message, embedded, loras):

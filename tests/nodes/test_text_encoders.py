@@ -131,7 +131,7 @@ def out_of_place(layer, x, mask=None, optimized_attention=None):
 
 @pytest.mark.parametrize(
     ("family", "skip", "checkpoint"),
-    [("sd15", -2, True), ("sdxl", None, False), ("sdxl", None, True), ("flux", None, True)],
+    [("sd15", -2, True), ("sdxl", None, False), ("flux", None, True)],
 )
 def test_gradients_are_those_of_the_changed_weights(family, skip, checkpoint, sockets, monkeypatch):
     """B's gradient is the scale times that of the weight, of a CLIP written without in-place additions, times A^T."""
@@ -217,7 +217,7 @@ def run(sockets, dataset, **changes):
         hidden = SimpleNamespace(unique_id=None)
 
     widgets = {
-        "steps": 3, "learning_rate": 5e-3, "rank": 2, "alpha": 4.0, "batch_size": 2, "accumulation": 1,
+        "steps": 2, "learning_rate": 5e-3, "rank": 2, "alpha": 4.0, "batch_size": 2, "accumulation": 1,
         "method": "lora", "optimizer": "adam", "targets": "style", "seed": 3, "precision": "float32",
         "gradient_checkpointing": True, "file_name": "text", "sample_prompt": "", "sample_every": 0,
         "sample_steps": 2, "sample_cfg": 1.0, "scheduler": "constant", "warm_up": 0, "weight_decay": 0.0,
@@ -270,7 +270,7 @@ def relative(a, b):
     return float((a - b).detach().norm() / b.detach().norm())
 
 
-@pytest.mark.parametrize(("family", "method"), [("sd15", "lokr"), ("sdxl", "lora"), ("sdxl", "dora"), ("flux", "lora")])
+@pytest.mark.parametrize(("family", "method"), [("sd15", "lokr"), ("sdxl", "dora")])
 def test_the_stock_loader_gives_what_was_trained(family, method, sockets, dataset, folders):
     import comfy.lora
     import comfy.sd
@@ -293,7 +293,7 @@ def test_the_stock_loader_gives_what_was_trained(family, method, sockets, datase
     fitted = fit(load_file(path), known, with_text=True)
     assert fitted.homeless == ()
     layers = sum("encoder.layers" in str(name) for name in fitted.patches)
-    assert layers == {"sd15": 1, "sdxl": 2, "flux": 1}[family] * 3 * 6
+    assert layers == {"sd15": 1, "sdxl": 2}[family] * 3 * 6
 
     with torch.inference_mode():
         model, clip = LoraLoader().load_lora(made.model, made.clip, path.split("/")[-1], 1.0, 1.0)
@@ -321,12 +321,12 @@ def test_a_stopped_run_continues_and_leaves_no_trace(sockets, dataset, folders, 
 
     def stop(self, event):
         report(self, event)
-        if event.step == 2:
+        if event.step == 1:
             raise management.InterruptProcessingException
 
     with monkeypatch.context() as patch, pytest.raises(management.InterruptProcessingException):
         patch.setattr(previews.TrainingProgress, "report", stop)
-        run(made, dataset, file_name="stopped", sample_prompt="star", sample_every=2)
+        run(made, dataset, file_name="stopped", sample_prompt="star", sample_every=1)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(made), weights, strict=True))
     assert not any(parameter.requires_grad for parameter in made.clip.cond_stage_model.parameters())
     continued = run(made, dataset, file_name="stopped", resume="continue")
@@ -335,19 +335,26 @@ def test_a_stopped_run_continues_and_leaves_no_trace(sockets, dataset, folders, 
     assert straight[1]["loss"] == pytest.approx(continued[1]["loss"])
 
 
-def test_a_stock_lora_below_counts_and_another_clip_is_another_run(sockets, dataset, folders):
-    from safetensors.torch import load_file
+def test_a_stock_lora_below_counts_and_another_clip_is_another_run(sockets):
+    """Training asks the CLIP as it is patched, and puts it back."""
+    from stylewright.nodes.bridge.identity import digest_of_model
+    from stylewright.nodes.bridge.session import training_session
 
     made = sockets("sd15")
-    plain = load_file(run(made, dataset)[2])
+    plain, weights = predict(made.model, made.clip), snapshot(made)
+    patched = made.clip.clone()
     key = "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"
-    made.clip = made.clip.clone()
-    made.clip.add_patches({key: ("diff", (torch.randn(16, 16) * 0.3,))})
-    weights = snapshot(made)
-    patched = load_file(run(made, dataset)[2])
-    assert any(not torch.equal(plain[name], patched[name]) for name in plain if "lora_te" in name)
-    made.clip.patcher.unpatch_model()
-    assert len(weights) == len(snapshot(made))
+    patched.add_patches({key: ("diff", (torch.randn(16, 16, generator=torch.Generator().manual_seed(1)),))})
+    expected = predict(made.model, patched)
+    denoiser, prompts = denoiser_of(SimpleNamespace(model=made.model, clip=patched))
+    row = prompts.encode([PROMPT])
+    with torch.inference_mode(), training_session(made.model, beside=[patched.patcher]), prompts.asked_anew():
+        got = denoiser(x_of(made), LOG_SNR, row).detach()
+    assert relative(got, expected) < 1e-5 and relative(plain, expected) > 1e-4
+    assert torch.equal(predict(made.model, made.clip), plain)
+    assert digest_of_model(made.clip.patcher) != digest_of_model(patched.patcher)
+    patched.patcher.unpatch_model()
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(made), weights, strict=True))
 
 
 def test_families_without_a_clip_are_refused(embedded, dataset, folders):

@@ -249,6 +249,28 @@ def test_every_method_lands_complete_in_the_stock_loader(method, embedded, datas
     assert relative(adapted, predict_as_trained(embedded, path)) < 1e-3
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("prodigy", 1.0), ("schedule-free", 1e-2)])
+def test_optimizers_without_a_schedule_train(optimizer, rate, embedded, dataset, folders):
+    """With warm-up, to the end: every layer learns, and the file is complete."""
+    import math
+
+    import comfy.lora
+
+    from stylewright.nodes.bridge.adapters import fit
+
+    lora, losses, path = run(embedded, dataset, optimizer=optimizer, learning_rate=rate, warm_up=1, accumulation=2)
+    assert len(losses["loss"]) == 4 and all(map(math.isfinite, losses["loss"]))
+    assert all(tensor.isfinite().all() for tensor in lora.values())
+    ups = [tensor for name, tensor in lora.items() if "lora_up" in name or "lora_B" in name]
+    assert ups and all(up.any() for up in ups)
+    names = comfy.lora.model_lora_keys_unet(embedded.model.model, {})
+    assert fit(lora, names, with_text=False).homeless == () and load_file(path).keys() == lora.keys()
+    again = run(
+        embedded, dataset, optimizer=optimizer, learning_rate=rate, warm_up=1, accumulation=2, file_name="again"
+    )
+    assert all(torch.equal(tensor, again[0][name]) for name, tensor in lora.items())
+
+
 def test_density_reaches_the_run(embedded, dataset, folders):
     import json
 

@@ -66,8 +66,7 @@ def test_predictions_are_those_of_prompts_encoded_before(host_of, family):
     assert len(inside.text_encoders) == ENCODERS[family]
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize(("family", "checkpoint"), [("sd15", False), ("sdxl", True)])
 def test_gradients_are_those_of_the_changed_weights(host_of, family, checkpoint):
     """B's gradient is that of the weight times A^T, which plain autograd on the unadapted encoder gives."""
     _, host = host_of(family)
@@ -127,10 +126,9 @@ def run(host, folder, config, report=None):
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_stopped_run_equals_the_straight_one_and_leaves_no_trace(host_of, tmp_path, method):
+def test_a_stopped_run_equals_the_straight_one_and_leaves_no_trace(host_of, tmp_path):
     config = config_of(
-        adapter=AdapterConfig(method=method, rank=2), ema_decay=0.5, report_every=1, text_encoder_targets="all"
+        adapter=AdapterConfig(method="dora", rank=2), ema_decay=0.5, report_every=1, text_encoder_targets="all"
     )
     _, host = host_of("sdxl")
     names = {prefix: list(dict(module.named_modules())) for prefix, module in host.text_encoders.items()}
@@ -174,7 +172,7 @@ def test_rates_are_separate(host_of, tmp_path):
     assert sizes[False] == pytest.approx(1e-2, rel=1e-3) and sizes[True] == pytest.approx(3e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_diffusers_loads_the_file_complete(host_of, tiny_folder, tmp_path, caplog, family):
     """``load_lora_weights`` takes every tensor, and the pipeline then conditions as training did."""
     from diffusers import DiffusionPipeline
