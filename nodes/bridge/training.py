@@ -193,13 +193,13 @@ def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgres
     brush = job.brush.sized(host.resolution, host.pixels_per_token, host.name)
     positives = [conditioning_of(sockets.clip, prompt) for prompt in sample_prompts(job)]
     before = Subject(positives, conditioning_of(sockets.clip, job.negative))
-    denoiser, clip = host.denoiser, resident(sockets.clip)
+    denoiser = host.denoiser
     assert isinstance(denoiser, ComfyDenoiser), "comfy_host makes one"
 
     def subject() -> Subject:
         if denoiser.prompts.lasting:
             return before
-        # Now an adapter is on the text encoder, which is loaded.
+        clip = resident(sockets.clip)  # now an adapter is on it, and it is loaded
         positives = [conditioning_of(clip, prompt) for prompt in sample_prompts(job)]
         return Subject(positives, conditioning_of(clip, job.negative))
 
