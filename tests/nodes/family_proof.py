@@ -3,6 +3,7 @@
 The tests assert it, and ``benchmarks/families.py`` makes a table of it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_management import InterruptProcessingException
 from safetensors import safe_open
 from tiny_models import TINY, TinyClip, TinyVae, tiny_model
 from torch import Tensor, nn
@@ -57,9 +59,9 @@ def load(family: str) -> Parts:
 
 @contextmanager
 def folders(base: Path) -> Iterator[Path]:
-    """models/loras and output of ComfyUI, empty, below ``base``; yields the first."""
+    """models/loras and output of ComfyUI below ``base``; yields the first."""
     loras, output = base / "loras", base / "output"
-    loras.mkdir(parents=True)
+    loras.mkdir(parents=True, exist_ok=True)
     before = folder_paths.folder_names_and_paths["loras"], folder_paths.output_directory
     folder_paths.folder_names_and_paths["loras"] = ([str(loras)], {".safetensors"})
     folder_paths.output_directory = str(output)
@@ -94,6 +96,36 @@ def train(parts: Parts, base: Path, **widgets: object) -> Path:
         options = defaults(StyleFriendlySNRTrainer) | short | widgets
         outputs = Trainer.execute(parts.model, parts.clip, parts.vae, dataset.args[0], **options).args
     return Path(outputs[2])
+
+
+def train_with_a_cancel(parts: Parts, base: Path, passes: int) -> Path:
+    """The same, cancelled by the user in some forward pass of the second half of ``passes``, and queued again.
+
+    Which one is drawn from the family's name.
+    """
+    draw = torch.Generator().manual_seed(sum(parts.family.encode()))
+    cancelled_in = int(torch.randint(passes // 2, passes, (), generator=draw))
+    with counted(parts.model, cancel_in=cancelled_in), contextlib.suppress(InterruptProcessingException):
+        train(parts, base)
+        raise AssertionError(f"there was no pass {cancelled_in} to cancel")
+    return train(parts, base)
+
+
+@contextmanager
+def counted(model: object, cancel_in: int | None = None) -> Iterator[list[None]]:
+    """One entry for each forward pass of the network, probes and sample pictures included."""
+    passes: list[None] = []
+
+    def count(*unused: object) -> None:
+        if len(passes) == cancel_in:
+            raise InterruptProcessingException
+        passes.append(None)
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        handle.remove()
 
 
 def latents(parts: Parts, rows: int = 2) -> Tensor:
