@@ -314,7 +314,7 @@ def test_a_stopped_run_continues_and_leaves_no_trace(sockets, dataset, folders, 
 
     from stylewright.nodes.bridge import previews
 
-    made = sockets("sdxl")
+    made = sockets("sd15")
     weights = snapshot(made)
     straight = run(made, dataset, file_name="straight")
     report = previews.TrainingProgress.report
