@@ -21,8 +21,8 @@ SMALL_SD3 = {
 SMALL_SDXL = {
     "block_out_channels": (64, 128), "layers_per_block": 2, "transformer_layers_per_block": (1, 2),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (1, 2), "cross_attention_dim": 256, "projection_class_embeddings_input_dim": 128 + 6 * 64,
-    "addition_time_embed_dim": 64,
+    "attention_head_dim": (1, 2), "cross_attention_dim": 256, "projection_class_embeddings_input_dim": 128 + 6 * 256,
+    "addition_time_embed_dim": 256,
 }  # fmt: skip
 SDXL = {
     "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10),
@@ -57,17 +57,22 @@ def denoiser_of(kind: Kind, device: str, dtype: torch.dtype) -> Any:
     from stylewright.training.hosts.flux import FluxDenoiser
     from stylewright.training.hosts.sd3 import SD3Denoiser
 
+    model = model_of(kind, device, dtype)
+    if kind.family == "flux":
+        return FluxDenoiser(model)
+    return SD3Denoiser(model) if kind.family == "sd3" else _unet_denoiser(model)
+
+
+def model_of(kind: Kind, device: str, dtype: torch.dtype) -> Any:
+    """A frozen model of diffusers', with the same random weights in every process."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            model = _model(kind).eval().requires_grad_(False)
+            return _model(kind).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(before)
-    if kind.family == "flux":
-        return FluxDenoiser(model)
-    return SD3Denoiser(model) if kind.family == "sd3" else _unet_denoiser(model)
 
 
 def _model(kind: Kind) -> torch.nn.Module:

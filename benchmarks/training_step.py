@@ -1,14 +1,18 @@
 """Our training step against a plain diffusers + peft loop and against ComfyUI's TrainLoraNode.
 
-One small FLUX (hidden 384, 2 double and 4 single blocks, 64 text and 256 image tokens), the same batch, rank and
-precision, the layers that each can be told to adapt. Two layouts of the same model, each with a contender of ours:
+One small model (FLUX: hidden 384, 2 double and 4 single blocks; SD3: hidden 384, 4 blocks; SDXL: 64 and 128 channels),
+the same batch of latents with 32 a side, rank and precision. Two layouts of the same model, each with a contender of
+ours, which adapts the linear layers inside the blocks but those for modulation:
 
-    stylewright          against diffusers-peft    diffusers' layout, 44 adapted layers
-    stylewright-comfyui  against comfyui-native    ComfyUI's layout, where q, k, v and an MLP's half are one: 24 layers
+    stylewright          against diffusers-peft    diffusers' layout; the same layers
+    stylewright-comfyui  against comfyui-native    ComfyUI's layout, q, k and v in one in FLUX and SD3; the native node
+                                                   has no choice of layers: it adapts every weight, norm and bias
+                         and comfyui-native-bypass the same in its bypass mode
 
 ``seconds`` is of one optimizer step, from the end of one optimizer's work to the end of the next: data, noise,
 forward, backward, clipping, update and whatever else the loop does. On the CPU it is processor time of one thread.
-``extra_bytes`` is the most that adapters, optimizer state, activations and temporaries take at once.
+``extra_bytes`` is the most that adapters, optimizer state, activations and temporaries take at once, ``trained`` how
+many numbers the optimizer trains.
 
 Every contender has a process of its own; they take turns, so that what else the machine does hits all alike.
 """
@@ -32,7 +36,8 @@ from comfyui import why_absent
 RATIOS = (
     ("stylewright", "diffusers-peft"),
     ("stylewright-comfyui", "comfyui-native"),
-    ("stylewright", "comfyui-native"),  # across layouts: ours does more and smaller products
+    ("stylewright-comfyui", "comfyui-native-bypass"),
+    ("stylewright", "comfyui-native"),  # across layouts: where q, k and v are one, ours does more and smaller products
 )
 MEGABYTE = 2**20
 
@@ -46,7 +51,8 @@ class Result:
     seconds: float  # of an optimizer step: least of the rounds' means, which others' work disturbs least
     median_seconds: float  # median of the rounds' means
     extra_bytes: int  # beyond the loaded model
-    gflop: float  # of an optimizer step, counted
+    gflop: float  # of an optimizer step, counted; elementwise work is not in it
+    trained: int  # numbers
 
 
 def main() -> None:
@@ -62,12 +68,13 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["flux", "sd3", "sdxl"], default="flux", help="a small one of the family")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps in each turn")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
-        "--checkpointing", action="store_true", help="recompute every block (ComfyUI's node: depth 2 instead of 1)"
+        "--checkpointing", action="store_true", help="recompute every block (ComfyUI's node: at depth 2)"
     )
     parser.add_argument("--threads", type=int, default=1, help="of each contender, on the CPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -89,9 +96,9 @@ def workers(options: argparse.Namespace) -> Iterator[dict[str, Connection]]:
     names = ["stylewright", "diffusers-peft"]
     reason = why_absent()
     if reason:
-        print(f"without comfyui-native and stylewright-comfyui: {reason}", file=sys.stderr)
+        print(f"without the contenders inside ComfyUI: {reason}", file=sys.stderr)
     else:
-        names += ["stylewright-comfyui", "comfyui-native"]
+        names += ["stylewright-comfyui", "comfyui-native", "comfyui-native-bypass"]
     connections: dict[str, Connection] = {}
     processes = []
     try:
@@ -152,9 +159,10 @@ def work(name: str, options: dict[str, Any], connection: Connection) -> None:
 
         torch.set_num_threads(options["threads"])
         device = options["device"]
-        train = open_contender(name, Task(options["batch_size"], options["rank"], options["checkpointing"], device))
+        task = Task(options["batch_size"], options["rank"], options["checkpointing"], device, options["model"])
+        train = open_contender(name, task)
         connection.recv()
-        connection.send({"extra_bytes": extra_bytes(train, device), "gflop": gflop(train)})
+        connection.send(costs(train, device))
         take_turns(train, options["steps"], options["rounds"], device, connection)
     except EOFError:  # nobody asks any more
         return
@@ -167,7 +175,7 @@ def take_turns(train: Training, steps: int, rounds: int, device: str, connection
     ends = [1 + steps * number for number in range(rounds + 1)]
     done, before, since = 0, 0, 0.0
 
-    def after_a_step() -> None:
+    def after_a_step(optimizer: Any) -> None:
         nonlocal done, before, since
         done += 1
         if done in ends:
@@ -194,49 +202,38 @@ def now(device: str) -> float:
 
 
 @contextmanager
-def after_each_step(callback: Callable[[], object]) -> Iterator[None]:
-    """Calls back after every step of whatever optimizer of torch's."""
+def after_each_step(callback: Callable[[Any], object]) -> Iterator[None]:
+    """Calls back after every step of whatever optimizer of torch's, with it."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: callback())
+    handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: callback(optimizer))
     try:
         yield
     finally:
         handle.remove()
 
 
-def extra_bytes(train: Training, device: str) -> int:
-    """The most that training makes at once, in three steps: the optimizer's state is there in two of them."""
+def costs(train: Training, device: str) -> dict[str, Any]:
+    """Of three steps, in two of which the optimizer's state is there: most bytes at once, GFLOP of a step, numbers."""
     import torch
-    from peak_bytes import PeakBytes
 
+    from stylewright.training.memory import Footprint
+
+    cost, flops, trained = Footprint(), [], []
+
+    def after_a_step(optimizer: Any) -> None:
+        flops.append(cost.flops)
+        trained.append(sum(each.numel() for group in optimizer.param_groups for each in group["params"]))
+
+    with cost, after_each_step(after_a_step):
+        train(3)
+    extra_bytes = cost.peak
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         train(3)
-        return torch.cuda.max_memory_allocated() - before
-    with PeakBytes() as memory:
-        train(3)
-    return memory.peak
-
-
-def gflop(train: Training) -> float:
-    """Of one step, as torch counts the products; elementwise work is not in it."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    attention = {  # torch counts the kernels for GPUs only
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-            lambda q, k, v, *rest, out_shape=None, **more: sdpa_flop_count(q, k, v)
-        ),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda gradient, q, k, v, *rest, out_shape=None, **more: sdpa_backward_flop_count(gradient, q, k, v)
-        ),
-    }
-    counter, counts = FlopCounterMode(display=False, custom_mapping=attention), []
-    with counter, after_each_step(lambda: counts.append(counter.get_total_flops())):
-        train(2)
-    return (counts[-1] - counts[0]) / 1e9
+        extra_bytes = torch.cuda.max_memory_allocated() - before
+    return {"extra_bytes": extra_bytes, "gflop": (flops[2] - flops[0]) / 2e9, "trained": trained[-1]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -244,17 +241,18 @@ def gflop(train: Training) -> float:
 
 def show(results: dict[str, Result], options: argparse.Namespace) -> None:
     how = "every block recomputed" if options.checkpointing else "recomputing only where it cannot be switched off"
-    print(f"batch {options.batch_size}, rank {options.rank}, float32, {how}")
-    print(f"\n{'':22}{'ms a step':>10}{'median':>10}{'extra MB':>10}{'GFLOP':>10}")
+    print(f"small {options.model}, batch {options.batch_size}, rank {options.rank}, float32, {how}\n")
+    print("| | ms a step | median | extra MB | GFLOP | trained |\n| --- | --- | --- | --- | --- | --- |")
     for name, result in results.items():
-        seconds = f"{1e3 * result.seconds:>10.1f}{1e3 * result.median_seconds:>10.1f}"
-        print(f"{name:22}{seconds}{result.extra_bytes / MEGABYTE:>10.1f}{result.gflop:>10.2f}")
-    print(f"\n{'ratio of':46}{'time':>8}{'memory':>8}")
+        seconds = f"{1e3 * result.seconds:.1f} | {1e3 * result.median_seconds:.1f}"
+        extra = f"{result.extra_bytes / MEGABYTE:.1f} | {result.gflop:.2f} | {result.trained:,}"
+        print(f"| {name} | {seconds} | {extra} |")
+    print("\n| ratio of | time | memory |\n| --- | --- | --- |")
     for ours, theirs in RATIOS:
         if ours in results and theirs in results:
             mine, other = results[ours], results[theirs]
-            ratios = f"{mine.seconds / other.seconds:>8.2f}{mine.extra_bytes / other.extra_bytes:>8.2f}"
-            print(f"{f'{ours} to {theirs}':46}{ratios}")
+            time_ratio, memory_ratio = mine.seconds / other.seconds, mine.extra_bytes / other.extra_bytes
+            print(f"| {ours} to {theirs} | {time_ratio:.2f} | {memory_ratio:.2f} |")
 
 
 if __name__ == "__main__":

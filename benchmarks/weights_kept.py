@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from comfyui import open_comfyui, why_absent
-from contenders import Task, comfyui_flux
+from comfyui_models import comfyui_model
+from contenders import Encoder, Task
 from package import load_package
-from peak_bytes import PeakBytes
 
 MEGABYTE = 2**20
 
@@ -31,7 +31,7 @@ def main() -> None:
     open_comfyui(Path(tempfile.mkdtemp(prefix="stylewright-benchmark-")), "cpu")
     load_package()
     task = Task(1, 8, False, "cpu")
-    model = in_float8(comfyui_flux(task))
+    model = in_float8(comfyui_model("flux"))
     weights = sum(parameter.numel() for parameter in model.model.parameters())
     peaks = {"with": peak(model, task)}
     with without_the_mechanism():
@@ -56,24 +56,23 @@ def in_float8(model: Any) -> Any:
 
 def peak(model: Any, task: Task) -> int:
     """The most bytes of tensors at once in one step."""
-    from contenders import _Encoder
-
     from stylewright.nodes.bridge.denoiser import ComfyDenoiser
     from stylewright.nodes.bridge.prompts import PromptTable
     from stylewright.nodes.bridge.session import training_session
     from stylewright.training.adapters.attach import attached
     from stylewright.training.adapters.methods import AdapterConfig
     from stylewright.training.gradients import differentiable
+    from stylewright.training.memory import Footprint
 
     latents, context, pooled = task.inputs
-    prompts = PromptTable(_Encoder(context, pooled))
+    prompts = PromptTable(Encoder(context, pooled))
     with torch.inference_mode(), training_session(model):
         denoiser, rows = ComfyDenoiser(model, prompts), prompts.encode(["0"])
         config = AdapterConfig(rank=task.rank)
         with (
             attached(denoiser.module, config, family="flux", seed=0),
             differentiable(denoiser.module),
-            PeakBytes() as memory,
+            Footprint() as memory,
         ):
             denoiser(latents[:1].clone(), torch.zeros(1), rows).square().mean().backward()
     return memory.peak
