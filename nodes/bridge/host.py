@@ -62,7 +62,7 @@ def comfy_host(
             # One by one: a video VAE takes a batch for the frames of one film.
             encoder = _required(vae)
             latents = [encoder.encode(image[None].movedim(1, -1)) for image in images]
-        return torch.cat([into_model(latent, model) for latent in latents])
+        return settle(torch.cat([into_model(latent, model) for latent in latents]))
 
     def decode_latents(latents: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -97,8 +97,15 @@ class Server:
                         break
                     if kind == "executing" and data["node"] is None:
                         break
-        history = self.json(f"history/{queued['prompt_id']}").get(queued["prompt_id"], {})
-        return {**history, "messages": messages, "previews": previews}
+        return {**self.history(queued["prompt_id"]), "messages": messages, "previews": previews}
+
+    def history(self, prompt_id: str) -> dict:
+        """The entry of a prompt that has ended, which the server writes after it has said so."""
+        deadline = time.monotonic() + 60
+        while not (entry := self.json(f"history/{prompt_id}").get(prompt_id)):
+            assert time.monotonic() < deadline, f"{prompt_id} is not in the history:\n{self.text}"
+            time.sleep(0.1)
+        return entry
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.comfy
 
 OURS = {
     "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader",
-    "StylewrightEmbeddedModel", "StylewrightReference",
+    "StyleLoRAResize", "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip
 PACK = "any_name-v1.2"  # the folder in custom_nodes
 
