@@ -64,8 +64,8 @@ def test_the_quick_start_runs_as_shipped(quick_start, server):
     for image in pictures:
         folder = server.base / image["type"] / image["subfolder"]
         assert (folder / image["filename"]).stat().st_size > 500
-    saved = list((server.base / "models" / "loras").rglob("*.safetensors"))
-    assert len(saved) == 1 and "partial" not in saved[0].name
+    saved = (server.base / "models" / "loras" / "stylewright").iterdir()
+    assert [path.name for path in saved] == ["quick_start_00001_.safetensors"]
 
 
 def test_the_progress_comes_over_the_websocket_and_stays_in_the_history(quick_start, server):
@@ -101,17 +101,16 @@ def test_an_interrupted_training_keeps_its_adapter_and_continues(quick_start, se
     loras = server.base / "models" / "loras"
     result = server.run(prompt, interrupt_at=10)
     assert result["messages"][-1]["type"] == "execution_interrupted"
-    assert [path.name for path in loras.glob("interrupted*")] == ["interrupted_00001_partial.safetensors"]
-
-    runs = list((server.base / "output" / "stylewright").glob("interrupted-*"))
-    assert len(runs) == 1 and (runs[0] / "checkpoint.safetensors").exists()
+    runs = list((server.base / "output" / "stylewright").glob("interrupted*"))
+    assert [run.name for run in runs] == ["interrupted_00001"] and (runs[0] / "checkpoint.safetensors").exists()
     done = json.loads((runs[0] / "events.jsonl").read_text().splitlines()[-1])["step"]
+    assert [path.name for path in loras.glob("interrupted*")] == [f"interrupted_00001_step{done:06}.safetensors"]
     result = server.run(prompt, interrupt_at=done + 10)
     first = next(
         m["data"]["value"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == trainer
     )
     assert first > done
-    assert list((server.base / "output" / "stylewright").glob("interrupted-*")) == runs
+    assert list((server.base / "output" / "stylewright").glob("interrupted*")) == runs
 
 
 def test_an_error_names_the_words_that_are_not_known(server, shipped_weights):
