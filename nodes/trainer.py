@@ -190,7 +190,8 @@ def dataset_of(
             )
         return dataset
     if latents is None or conditioning is None:
-        raise ValueError("there is nothing to train on: link a dataset, or latents and conditioning")
+        missing = "conditioning" if latents is not None else "latents" if conditioning is not None else "a dataset"
+        raise ValueError(f"{missing} is missing: link a dataset, or latents together with their conditioning")
     from .bridge.given import given_items, side_of
 
     items, answers = given_items(latents, conditioning)

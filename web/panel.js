@@ -112,7 +112,7 @@ export class Panel {
     const figures = { loss: loss === undefined ? '' : number(loss) }
     if (step > 0 && seconds !== undefined) figures['time per step'] = `${number(seconds / step)} s`
     if (rate !== undefined) figures['learning rate'] = number(rate)
-    if (peak) figures['peak memory'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
+    if (peak) figures['peak of ComfyUI'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
     this.figures.replaceChildren(...(loss === undefined ? [] : Object.entries(figures).map(figure)))
     this.words.replaceChildren(
       ...(ended ? [make('div', phase, text)] : []),

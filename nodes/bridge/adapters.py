@@ -1,6 +1,8 @@
 """Adapters on a MODEL: what a file holds, where it fits, and what of it found no place."""
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,11 @@ class Strengths:
     groups: Mapping[str, float] = field(default_factory=dict)  # a factor by group or part of a name (adapters/groups)
     window: Window | None = None  # None = at all noise levels, as patches of the weights
 
+    def __post_init__(self) -> None:
+        named = {"strength_model": self.model, "strength_clip": self.clip, **self.groups}
+        if bad := [f"{name} = {value}" for name, value in named.items() if not math.isfinite(value)]:
+            raise ValueError(f"{listed(bad)}: expected a number, 1 for an adapter as it was trained")
+
 
 def read_tensors(path: Path) -> AdapterTensors:
     """An adapter's file. ValueError names one that is truncated, foreign, or of a newer version."""
@@ -108,6 +115,7 @@ def apply_adapter(
     """
     refuse_foreign(model, lora)
     refuse_non_finite(lora)
+    refuse_incomplete(lora)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
@@ -118,7 +126,8 @@ def apply_adapter(
         raise ValueError(reason)
     if fitted.homeless and lora.file.family in FAMILIES:
         # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
-        fitted = min(fitted, fit(respelled(lora, model, clip), names, with_text=clip is not None), key=_homeless)
+        with suppress(ValueError):  # a layer that the family does not have: said below, with the others
+            fitted = min(fitted, fit(respelled(lora, model, clip), names, with_text=clip is not None), key=_homeless)
     wrong = missized(model.model, fitted.patches)
     if clip is not None:
         wrong += missized(clip.cond_stage_model, fitted.patches)
@@ -289,6 +298,18 @@ def _is_text(key: str) -> bool:
     """Whether a tensor belongs to a text encoder."""
     spelled = read_key(key)
     return spelled is not None and spelled[0].startswith(TEXT_ENCODER)
+
+
+def refuse_incomplete(lora: AdapterTensors) -> None:
+    """ValueError for a layer of which one factor is there and the other is not."""
+    spelled = (read_key(key) for key in lora.file.unknown)
+    halves = sorted(
+        {name for name, part in filter(None, spelled) if part in ("A", "B") and name not in lora.file.layers}
+    )
+    if halves:
+        raise ValueError(
+            f"{lora.name} is damaged: of {listed(halves)} one of the two factors is missing. Copy or train it again"
+        )
 
 
 def refuse_non_finite(lora: AdapterTensors) -> None:

@@ -14,6 +14,7 @@ from ...training.data.items import read_folder
 
 ADAPTERS = "loras"  # folder_paths' name for it
 FORBIDDEN = set('<>:"|?*')  # in names of files on Windows
+LONGEST_NAME = 180  # bytes; most systems allow 255, and runs join the parts of a name
 RUNS = "stylewright"  # under ComfyUI's output folder
 # ComfyUI's placeholders for times, and those of the date that its front end fills in for its own nodes.
 TIMES = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
@@ -79,6 +80,11 @@ def adapter_pattern(pattern: str, words: Mapping[str, str]) -> str:
             f"the file name {pattern!r} holds {', '.join(map(repr, bad))}, which some systems do not allow"
         )
     parts = parts.with_suffix("") if parts.suffix == ".safetensors" else parts
+    if long := [part for part in parts.parts if len(part.encode()) > LONGEST_NAME]:
+        raise ValueError(
+            f"{long[0][:30]}… in the file name has {len(long[0].encode())} bytes: expected at most {LONGEST_NAME}, "
+            "because a number and the step are added"
+        )
     require_writable(adapter_folder() / parts.parent)
     return parts.as_posix()
 

@@ -101,6 +101,19 @@ def runs_of(pattern: str) -> list[tuple[Run, Stored]]:
     return sorted(found, key=lambda pair: (last_written(pair[0]), pair[0].name), reverse=True)
 
 
+def damage_of(pattern: str) -> str:
+    """What is wrong with the runs of a trainer's file name that cannot be read; "" where there is nothing."""
+    damaged = []
+    for run in all_runs():
+        if run.pattern == pattern and run.directory.checkpoint.exists():
+            try:
+                run.directory.stored()
+            except IncompatibleCheckpoint as error:
+                kept = run.directory.adapter
+                damaged.append(f"{error} Its adapter is still {kept}" if kept.exists() else str(error))
+    return "\n".join(damaged)
+
+
 def all_runs() -> Iterator[Run]:
     """Every folder with a record that can be read."""
     for path in sorted(runs_folder().glob(f"*/{RECORD}")):
@@ -152,8 +165,11 @@ def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str
     fitting = [each for each in found if not each.obstacle]
     if fitting:
         return _continued(max(fitting, key=lambda each: each.stored.step))
+    damage = damage_of(pattern)
     if resume == CONTINUE:
-        raise _refusal(found, pattern)
+        raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
+    if damage:
+        return Choice(None, None, True, f"A new run begins. {damage}")
     newest = f"{found[0].run.name} is not continued: {found[0].obstacle}. A new run begins" if found else ""
     return Choice(None, None, True, newest)
 

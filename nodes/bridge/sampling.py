@@ -4,6 +4,7 @@ The adapter is in place on the loaded model while it is trained, so nothing is l
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,10 @@ class Brush:
     seed: int = 0
     width: int = 0  # pixels; 0 = the side that training has
     height: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"sample_cfg is {self.cfg}: expected a number, such as your KSampler's cfg")
 
     def sized(self, side: int, multiple: int, model: str) -> "Brush":
         """With a size in place of 0. ValueError for one that the model does not draw."""

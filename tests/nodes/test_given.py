@@ -131,7 +131,7 @@ def test_conditioning_joined_in_one_is_one_a_latent_and_a_noise_mask_is_where_it
     [
         ("clip", {}, "link the model's CLIP to 'clip': it is needed to encode the captions"),
         ("vae", {}, "link the model's VAE to 'vae': it is needed to encode the pictures"),
-        ("dataset", {}, "nothing to train on"),
+        ("dataset", {}, "a dataset is missing"),
         (None, {"latents": [{"samples": torch.rand(1, 16, 8, 8)}]}, "latents would be ignored"),
         (None, {"conditioning": [[[torch.rand(1, 2, 3), {}]]]}, "conditioning would be ignored"),
         ("clip", {"text_encoder_learning_rate": 1e-5}, "and to be trained"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
@@ -179,6 +180,34 @@ def test_a_damaged_adapter_is_refused(value, tiny, loras):
     save_file(tensors, loras / "damaged.safetensors")
     with pytest.raises(ValueError, match=r"damaged\.safetensors holds NaN or infinite values, in .*qkv\.lora_up"):
         load(tiny("flux"), "damaged.safetensors")
+
+
+def test_half_a_pair_is_a_damaged_file(tiny, loras):
+    tensors = pair("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64)
+    tensors |= pair("diffusion_model.double_blocks.1.img_attn.qkv", 192, 64)
+    del tensors[next(key for key in tensors if "blocks.1" in key)]
+    save_file(tensors, loras / "half.safetensors")
+    with pytest.raises(ValueError, match=r"half\.safetensors is damaged: of double_blocks\.1\.img_attn\.qkv one of"):
+        load(tiny("flux"), "half.safetensors")
+
+
+def test_a_layer_that_no_such_model_has_is_counted_in_every_spelling(tiny, loras, caplog):
+    path = saved(loras / "more.safetensors", model := tiny("flux"), "flux", FLUX, "diffusers")
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file({**tensors, **pair("transformer.weird.extra", 8, 8)}, path, header)
+    load(model, "more.safetensors")
+    assert "2 tensors found no place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "widgets", [{"strength": float("nan")}, {"early": float("inf")}, {"group_strengths": "all = nan"}]
+)
+def test_strengths_are_numbers(widgets, tiny, loras):
+    model = tiny("flux")
+    saved(loras / "ours.safetensors", model, "flux", FLUX, "comfyui")
+    with pytest.raises(ValueError, match=r"nan|inf"):
+        load(model, "ours.safetensors", **widgets)
 
 
 def test_text_encoder_tensors_are_not_missed_without_a_text_encoder(tiny, loras, caplog):

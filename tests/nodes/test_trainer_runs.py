@@ -484,10 +484,16 @@ def test_a_run_of_another_process_is_left_alone(train, folders):
 
 
 def test_unreadable_runs_are_passed_over(train, folders, caplog):
+    from stylewright.training.errors import TrainingError
+
     first = train(steps=2)
     (first.run / "checkpoint.safetensors").write_bytes(b"damaged")
     (folders[1] / "foreign").mkdir()
     (folders[1] / "foreign" / "run.json").write_text("no json")
+    with pytest.raises(TrainingError, match=r"cannot be read as the checkpoint.*Its adapter is still .*adapter\.safet"):
+        train(steps=2, resume="continue")
+    caplog.set_level(logging.INFO)
     assert train(steps=2).path.name == "mine_00002_.safetensors"
-    assert "cannot be read as the checkpoint" in caplog.text and "is not the record of a run" in caplog.text
+    assert "A new run begins." in caplog.text and "cannot be read as the checkpoint" in caplog.text
+    assert "is not the record of a run" in caplog.text
     assert (first.run / "checkpoint.safetensors").read_bytes() == b"damaged"

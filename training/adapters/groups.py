@@ -4,6 +4,7 @@ Blocks are the numbered parts of a model, in the order in which it runs them; ``
 thirds of them. Layers outside of the blocks (embedders, the last layer) are in no third.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def read_strengths(text: str) -> dict[str, float]:
             if not (pattern and equals):
                 raise ValueError
             found[pattern] = float(value)
+            if not math.isfinite(found[pattern]):
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{line.strip()!r} is no strength of a group: expected lines such as 'late = 0.5' or "

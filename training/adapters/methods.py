@@ -39,7 +39,7 @@ class AdapterConfig:
             raise ValueError("alpha has no effect on oft, which rotates and does not scale: leave it out")
         if self.method == "oft" and self.dropout:
             raise ValueError("dropout has no effect on oft: leave it out")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}: expected more than 0, or None for the rank")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: expected a share in [0, 1)")

@@ -111,7 +111,13 @@ class RunDirectory:
                 f"{self.checkpoint} holds the figures of a finished run, but no longer what it takes to continue it: "
                 "choose another folder."
             )
-        return load_state(self.checkpoint, at=["learner"])
+        state = load_state(self.checkpoint, at=["learner"])
+        if bad := [name for name, tensor in state["adapter"].items() if not bool(tensor.isfinite().all())]:
+            raise IncompatibleCheckpoint(
+                f"{self.checkpoint} is damaged: {bad[0]} holds NaN or infinity, which no run writes. Restore the file "
+                "from a backup, or begin a new run."
+            )
+        return state
 
     def losses(self) -> list[float]:
         """The mean loss of each step up to the checkpoint."""
