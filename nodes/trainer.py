@@ -12,7 +12,8 @@ from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
-from .trainer_inputs import advanced, fitting, given, keeping, links, plain, starting, text_encoder
+from .trainer_inputs import advanced, links, plain
+from .trainer_more_inputs import fitting, given, keeping, starting, text_encoder
 from .trainer_samples import sampling
 
 

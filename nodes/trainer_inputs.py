@@ -6,14 +6,13 @@ What is added is optional, with its default in ``execute`` too, so that prompts 
 from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS
-from ..training.adapters.targets import TARGETS, TEXT_TARGETS
-from ..training.loops.config import MEMORY, PRECISIONS
+from ..training.adapters.targets import TARGETS
+from ..training.loops.config import PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
 from .bridge.precision import AUTOMATIC_PRECISION
-from .bridge.resuming import AUTOMATIC, RESUME
-from .sockets import DATASET, DENSITY, LORA
+from .sockets import DATASET, DENSITY
 
 PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))
 
@@ -261,122 +260,5 @@ def advanced() -> list[io.Input]:
             placeholder="double_blocks\\.\\d+\\.img_attn\\.qkv",
             advanced=True,
             tooltip="Regular expressions for the ends of layers' names, one a line. They replace the targets above.",
-        ),
-    ]
-
-
-def keeping() -> list[io.Input]:
-    """The widgets of how a run goes on, and of what it leaves behind."""
-    return [
-        io.Combo.Input(
-            "resume",
-            options=list(RESUME),
-            default=AUTOMATIC,
-            optional=True,
-            tooltip=(
-                "automatic: goes on with the run of this file name and these options, also with more steps, or begins "
-                "one. continue: an error that names what differs where there is none to go on with. begin anew: always "
-                "a new run. use as it is: trains nothing, and gives what the run has learned so far."
-            ),
-        ),
-        io.Boolean.Input(
-            "save_intermediate",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Puts the adapter of every checkpoint into models/loras too, with its step in the name.",
-        ),
-        io.Int.Input(
-            "keep_checkpoints",
-            default=3,
-            min=0,
-            max=1000,
-            optional=True,
-            advanced=True,
-            tooltip=(
-                "How many finished runs can be trained further. Each checkpoint takes three to five times the space "
-                "of its adapter; of older ones it is deleted. Interrupted runs keep theirs."
-            ),
-        ),
-    ]
-
-
-def fitting() -> list[io.Input]:
-    """The widget of what is done to fit into the device's memory."""
-    return [
-        io.Combo.Input(
-            "memory",
-            options=list(MEMORY),
-            default=MEMORY[0],
-            optional=True,
-            advanced=True,
-            tooltip=(
-                "automatic: a plan is made before training and shown. With gradient_checkpointing on, it recomputes "
-                "as few blocks as fit, then moves activations to CPU memory; then, either way, weights are streamed; "
-                "what does not fit is refused with what would. as set: gradient_checkpointing alone decides, for all "
-                "blocks. The adapter is the same bit for bit."
-            ),
-        ),
-    ]
-
-
-def starting() -> list[io.Input]:
-    """Where a run begins."""
-    return [
-        LORA.Input(
-            "init_lora",
-            optional=True,
-            tooltip="An adapter to begin with, of the same method: from Resize Style LoRA, or another trainer. At "
-            "another rank than this node's it is padded, or cut to the nearest of this rank.",
-        )
-    ]
-
-
-def given() -> list[io.Input]:
-    """The sockets for what somebody has encoded already."""
-    return [
-        io.Latent.Input(
-            "latents",
-            optional=True,
-            tooltip=(
-                "Instead of a dataset: encoded pictures, one batch or a list of batches of any sizes. A noise mask is "
-                "where it is learned."
-            ),
-        ),
-        io.Conditioning.Input(
-            "conditioning",
-            optional=True,
-            tooltip=(
-                "The captions of these latents as you encoded them: one for all, or one a latent, as a list or joined "
-                "by Conditioning (Combine)."
-            ),
-        ),
-    ]
-
-
-def text_encoder() -> list[io.Input]:
-    """The widgets of what is trained besides the model."""
-    return [
-        io.Float.Input(
-            "text_encoder_learning_rate",
-            default=0.0,
-            min=0.0,
-            max=10.0,
-            step=1e-6,
-            round=1e-9,
-            optional=True,
-            advanced=True,
-            tooltip=(
-                "Trains the CLIP text encoders too, at this rate: of SD1.5, SD2, SDXL, SD3, FLUX.1. 5e-6 is what "
-                "diffusers' DreamBooth scripts take. 0 = they stay as they are, as in the paper."
-            ),
-        ),
-        io.Combo.Input(
-            "text_encoder_targets",
-            options=list(TEXT_TARGETS),
-            default="attention",
-            optional=True,
-            advanced=True,
-            tooltip="Layers of the text encoders: attention, as in diffusers, or all, with the MLPs, as in kohya's.",
         ),
     ]
