@@ -317,7 +317,7 @@ def tokens_of(parts: Parts, size: tuple[int, int]) -> int:
     def note(layer: nn.Module, args: tuple) -> None:
         lengths.append(args[0].numel() // args[0].shape[-1])
 
-    with ExitStack() as stack, torch.inference_mode(), torch.no_grad():
+    with torch.inference_mode(), torch.no_grad(), ExitStack() as stack:
         for name in resolve_targets(network, target_patterns(family_of(parts.model), "attention")):
             stack.callback(network.get_submodule(name).register_forward_pre_hook(note).remove)
         stack.enter_context(training_session(parts.model))
