@@ -168,10 +168,9 @@ def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str
     damage = damage_of(pattern)
     if resume == CONTINUE:
         raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
-    if damage:
-        return Choice(None, None, True, f"A new run begins. {damage}")
-    newest = f"{found[0].run.name} is not continued: {found[0].obstacle}. A new run begins" if found else ""
-    return Choice(None, None, True, newest)
+    reasons = [f"{found[0].run.name} is not continued: {found[0].obstacle}"] if found else []
+    reasons += [damage] if damage else []
+    return Choice(None, None, True, "\n".join([*reasons, "A new run begins"]) if reasons else "")
 
 
 def _continued(found: Found) -> Choice:

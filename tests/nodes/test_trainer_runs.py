@@ -494,6 +494,6 @@ def test_unreadable_runs_are_passed_over(train, folders, caplog):
         train(steps=2, resume="continue")
     caplog.set_level(logging.INFO)
     assert train(steps=2).path.name == "mine_00002_.safetensors"
-    assert "A new run begins." in caplog.text and "cannot be read as the checkpoint" in caplog.text
+    assert "A new run begins" in caplog.text and "cannot be read as the checkpoint" in caplog.text
     assert "is not the record of a run" in caplog.text
     assert (first.run / "checkpoint.safetensors").read_bytes() == b"damaged"
