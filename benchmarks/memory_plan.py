@@ -83,9 +83,11 @@ def rows_of(name: str, kind: Kind, options: argparse.Namespace) -> Iterator[Row]
             first, found = planner.survey(Budget(0, None))
             every = replace(config, memory="as set")
             least = choose(found, every, Budget(0, None))
+            room = Budget(0, None)
             half = Budget(0, 1.1 * (first.beyond_the_model + least.beyond_the_model) / 2)
-            for setting, plan in {"kept": first, "half": choose(found, config, half), "all": least}.items():
-                rehearsed = planner.rehearse(plan, found, Budget(0, None))
+            settings = {"kept": (first, room), "half": (choose(found, config, half), half), "all": (least, room)}
+            for setting, (plan, budget) in settings.items():
+                rehearsed = planner.rehearse(plan, found, budget)
                 measured = trained(denoiser, data, config, rehearsed.saving, options.device)
                 flops = found.flops(batch, side * side, rehearsed.saving) * config.accumulation
                 yield Row(
