@@ -26,8 +26,9 @@ class Stop:
     reported: int  # last step that was shown
     stored: int  # step of the checkpoint; 0 = none yet
     kept: bool  # no whole step is missing that should be there
-    clean: bool  # nothing half written
-    unchanged: bool | None  # the model answers as before; None = the process is gone
+    clean: bool  # nothing half written; after kills, when the run has ended
+    unchanged: bool  # the model answers as before
+    torn: bool = False  # the kill fell into the writing of a file
 
 
 class Bench:

@@ -8,12 +8,19 @@ Three kinds of trials, on the embedded model, with ComfyUI's own Python:
 - *server cancel*: ``/interrupt`` of a real server;
 - *kill*: SIGKILL of a real server, which is then started again.
 
-A run is stopped at a moment drawn evenly over its length (encoding, steps, sample pictures, checkpoints), queued again,
-stopped again at a moment of what is left, up to six times, and then ends by itself. Its adapter, its losses and its
-learner's state are then compared bit for bit with those of a run that was never stopped. After every stop: the
-checkpoint opens, has every whole step (after a kill: every one up to the last multiple of ``save_every`` that was
-reported), the model without adapter answers as before, and nothing half written is left (after a kill: when the run
-has ended).
+A run is stopped, queued again and goes on, is stopped again, up to six times, and then ends by itself. Its adapter, its
+losses and its learner's state are then compared bit for bit with those of a run that was never stopped. After every
+stop: the checkpoint opens, has every whole step (after a kill: every one up to the last multiple of ``save_every`` that
+was reported), the model without adapter answers as before, and nothing half written is left (after a kill: when the
+run has ended).
+
+The moments of a server's run are six points drawn evenly over its steps, in their order. The run that was never stopped
+tells between which of the node's reports a point lies, and what share of the time between them it is: at so many
+seconds after that report the run is stopped, in the midst of a step, a sample picture or a checkpoint. Before the
+first report everything is encoded, measured, and drawn a first time. A point that the run has passed already means the
+same time of a continued run: from its beginning to its first report. Kills have a piece more, from the last report to
+the node's end, in which the adapter is published; an interrupt that comes then is too late to be one. In this process
+a moment is drawn evenly over the seconds of what is left.
 
 Each finished run is a line of ``interruptions.jsonl``, so that the script goes on where it stopped; ``--report`` prints
 the table of what is there.
@@ -24,7 +31,9 @@ import random
 import sys
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +52,7 @@ from interrupted_runs import (
     require_success,
     trained,
 )
+from live_server import Moment, Server
 
 CANCEL, SERVER, KILL = "cancel", "server cancel", "kill"
 CHAIN = 6  # stops of one run at most
@@ -55,11 +65,6 @@ def trials(bench: Bench, kind: str, wanted: int) -> Iterator[tuple[int, random.R
         if stops >= wanted:
             return
         yield runs, random.Random(f"{kind} {runs}")
-
-
-def moment(draw: random.Random, length: float, done: int) -> float:
-    """Seconds from the beginning of what is left of a run, evenly over it."""
-    return draw.uniform(0, length * (1 - done / STEPS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ def cancels(bench: Bench, wanted: int) -> None:
         bench.forget(name)
         stops: list[Stop] = []
         while len(stops) < CHAIN:
-            after = moment(draw, length, bench.stored(name))
+            after = draw.uniform(0, length * (1 - bench.stored(name) / STEPS))
             stop = cancelled(embedded, bench, name, after)
             if stop is None:
                 break
@@ -113,7 +118,7 @@ def cancelled(embedded: Any, bench: Bench, name: str, after: float) -> Stop | No
     except comfy.model_management.InterruptProcessingException:
         latency, stored = time.monotonic() - pressed[0], bench.stored(name)
         kept = stored == max(before, steps.whole)
-        return Stop(after, latency, steps.whole, stored, kept, not bench.leftovers(), None)
+        return Stop(after, latency, steps.whole, stored, kept, not bench.leftovers(), unchanged=False)
     finally:
         timer.cancel()
         timer.join()
@@ -125,116 +130,116 @@ def cancelled(embedded: Any, bench: Bench, name: str, after: float) -> Stop | No
 # Through a server
 
 
-def server_cancels(bench: Bench, wanted: int) -> None:
-    from live_server import Server
-
+def server_trials(kind: str, bench: Bench, wanted: int) -> None:
     server = Server(bench.base, bench.log)
     try:
-        length, straight = straight_run(bench, server)
         picture = base_picture(bench, server)
-        for seed, draw in trials(bench, SERVER, wanted):
+        pace, straight = straight_run(bench, server)
+        for seed, draw in trials(bench, kind, wanted):
             name = f"run{seed}"
             bench.forget(name)
             stops: list[Stop] = []
-            while True:
-                before = bench.stored(name)
-                after = moment(draw, length, before)
-                pressed: list[float] = []
-
-                def press(pressed: list[float] = pressed) -> None:
-                    pressed.append(time.monotonic())
-                    server.interrupt()
-
-                act = press if len(stops) < CHAIN else None
-                heard = server.run(job(server, name), TRAINER, steps=STEPS, after=after, act=act)
-                if heard.outcome != "interrupted":
+            end = STEPS + 1 if kind == KILL else STEPS
+            for point in [*sorted(draw.uniform(0, end) for _ in range(CHAIN)), None]:
+                at = None if point is None else moment(point, bench.stored(name), pace)
+                stop = stopped(kind, bench, server, name, at)
+                if stop is None:
                     break
-                stored = bench.stored(name)
-                clean, kept = not bench.leftovers(), stored >= max(before, heard.step)
-                unchanged = base_picture(bench, server) == picture
-                stops.append(Stop(after, heard.ended - pressed[0], heard.step, stored, kept, clean, unchanged))
-            require_success(heard)
-            bench.write(SERVER, seed, stops, bench.end_of(name) == straight)
+                stop.unchanged = base_picture(bench, server) == picture
+                stops.append(stop)
+            if kind == KILL:
+                for stop in stops:
+                    stop.clean = not bench.leftovers()
+            bench.write(kind, seed, stops, bench.end_of(name) == straight)
     finally:
         server.stop()
 
 
-def kills(bench: Bench, wanted: int) -> None:
-    from live_server import Server
-
-    def start() -> Server:
-        return Server(bench.base, bench.log)
-
-    server = start()
-    try:
-        length, straight = straight_run(bench, server)
-        picture = base_picture(bench, server)
-        for seed, draw in trials(bench, KILL, wanted):
-            name = f"run{seed}"
-            bench.forget(name)
-            stops: list[Stop] = []
-            while True:
-                before = bench.stored(name)
-                after = moment(draw, length, before)
-                act = server.kill if len(stops) < CHAIN else None
-                heard = server.run(job(server, name), TRAINER, steps=STEPS, after=after, act=act)
-                if heard.outcome:
-                    break
-                stored = bench.stored(name)
-                kept = stored >= max(before, heard.step // SAVE_EVERY * SAVE_EVERY)
-                stops.append(Stop(after, 0.0, heard.step, stored, kept, not bench.leftovers(), None))
-                server = start()
-            require_success(heard)
-            if stops:
-                stops[-1].unchanged = base_picture(bench, server) == picture
-            equal = bench.end_of(name) == straight and not bench.leftovers()
-            bench.write(KILL, seed, stops, equal)
-    finally:
-        server.stop()
+def stopped(kind: str, bench: Bench, server: Server, name: str, at: Moment | None) -> Stop | None:
+    """Trains until the moment, and has a server again. None where the run ended before."""
+    before, act = bench.stored(name), server.kill if kind == KILL else server.interrupt
+    heard = server.run(job(server, name), TRAINER, steps=STEPS, at=at, act=act)
+    if heard.acted is None or (kind == SERVER and heard.outcome == "success"):
+        require_success(heard)
+        return None
+    stored, torn, due = bench.stored(name), bool(bench.leftovers()), heard.step
+    if kind == KILL:
+        server.start()
+        due = heard.step if heard.step == STEPS else heard.step // SAVE_EVERY * SAVE_EVERY
+    elif heard.outcome != "interrupted":
+        require_success(heard)
+    after, latency = heard.acted - heard.reports[0][1], heard.ended - heard.acted
+    return Stop(after, latency, heard.step, stored, stored >= max(before, due), not torn, unchanged=False, torn=torn)
 
 
-def straight_run(bench: Bench, server: Any) -> tuple[float, Any]:
-    """Seconds of a run that is never stopped, and what it leaves."""
+Pace = list[tuple[int, float]]  # (step, seconds since the node began) of each report, and (STEPS + 1, …) as it ends
+
+
+def straight_run(bench: Bench, server: Server) -> tuple[Pace, Any]:
+    """The pace of a run that is never stopped, and what it leaves."""
     bench.forget("straight")
     heard = server.run(job(server, "straight"), TRAINER, steps=STEPS)
     require_success(heard)
-    return heard.ended - heard.began, bench.end_of("straight")
+    began = heard.reports[0][1]
+    pace = [(step, seconds - began) for step, seconds in (*heard.reports, (STEPS + 1, heard.ended))]
+    return pace, bench.end_of("straight")
+
+
+def moment(point: float, done: int, pace: Pace) -> Moment:
+    """When a run that goes on after ``done`` steps is at a point of 0 to STEPS + 1."""
+    later = bisect_right(pace, point, key=lambda report: report[0])
+    (step, began), (following, ended) = pace[later - 1 : later + 1]
+    share = (point - step) / (following - step)
+    if step <= done:  # not reported again
+        return Moment(0, share * pace[1][1])
+    return Moment(step, share * (ended - began))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def report(lines: Sequence[dict[str, Any]]) -> str:
-    """A table of all trials."""
-    names = ["kind", "runs", "stops", "after a step", "returned, median", "95 %", "longest"]
-    names += ["nothing lost", "equal to straight", "base unchanged", "nothing half written"]
-    rows = [" | ".join(names), " | ".join(["---"] * len(names))]
+    """A table of all trials, and one of their moments."""
+    found, moments = [FOUND], [("kind", *MOMENTS, "in the writing of a file")]
     for kind in (CANCEL, SERVER, KILL):
         runs = [line for line in lines if line["kind"] == kind]
         stops = [stop for run in runs for stop in run["stops"]]
         if not stops:
             continue
         late = sorted(stop["latency"] for stop in stops)
-        shown = (
-            [f"{late[int(share * (len(late) - 1))]:.2f} s" for share in (0.5, 0.95, 1)] if kind != KILL else ["-"] * 3
-        )
-        checked = [stop["unchanged"] for stop in stops if stop["unchanged"] is not None]
-        cells = [
-            kind,
-            len(runs),
-            len(stops),
-            sum(stop["stored"] > 0 for stop in stops),
-            *shown,
-            f"{sum(stop['kept'] for stop in stops)} of {len(stops)}",
-            f"{sum(run['equal'] for run in runs)} of {len(runs)}",
-            f"{sum(checked)} of {len(checked)}",
-            f"{sum(stop['clean'] for stop in stops)} of {len(stops)}",
-        ]
-        rows.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {row} |" for row in rows)
+        shown = [f"{late[int(share * (len(late) - 1))]:.2f} s" for share in (0.5, 0.95, 1)]
+        checks = [[run["equal"] for run in runs]]
+        checks += [[stop[check] for stop in stops] for check in ("kept", "unchanged", "clean")]
+        counts = [f"{sum(passed)} of {len(passed)}" for passed in checks]
+        found.append((kind, len(runs), len(stops), *(["-"] * 3 if kind == KILL else shown), *counts))
+        torn = sum(stop["torn"] for stop in stops) if kind == KILL else "-"
+        reported = [sum(stop["reported"] in steps for stop in stops) for steps in MOMENTS.values()]
+        moments.append((kind, *reported, torn))
+    return f"{table(found)}\n\n{table(moments)}"
 
 
-PARTS: dict[str, Callable[[Bench, int], None]] = {CANCEL: cancels, SERVER: server_cancels, KILL: kills}
+FOUND = ("kind", "runs", "stops", "returned, median", "95 %", "longest")
+FOUND += ("equal to straight", "nothing lost", "base unchanged", "nothing half written")
+MOMENTS = {  # by the last step that was reported
+    "before the first report": range(1),
+    "1 to 6": range(1, 7),
+    "7 to 12": range(7, 13),
+    "13 to 18": range(13, 19),
+    "19 to 23": range(19, STEPS),
+    "after the last": range(STEPS, STEPS + 1),
+}
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rest))
+
+
+PARTS: dict[str, Callable[[Bench, int], None]] = {
+    CANCEL: cancels,
+    SERVER: partial(server_trials, SERVER),
+    KILL: partial(server_trials, KILL),
+}
 
 
 def main() -> int:

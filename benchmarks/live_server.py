@@ -21,30 +21,48 @@ START = 600  # seconds that a server may take on a busy machine
 PACK = "stylewright"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """So many seconds after a node reports a step, or a later one; after it begins to work, where the step is 0."""
+
+    step: int
+    seconds: float
+
+
 @dataclass
 class Heard:
     """What a queued prompt's websocket said, with times in seconds of ``time.monotonic``."""
 
     outcome: str = ""  # "success", "interrupted", "error"; "" where the connection broke
-    step: int = 0  # last one reported by a node
-    began: float | None = None  # of the node that is asked about
+    reports: list[tuple[int, float]] = field(default_factory=list)  # (step, time) of a node; (0, time) as it begins
+    acted: float | None = None  # when something was done to it; None = it ended before
     ended: float = 0.0
     problem: dict[str, Any] = field(default_factory=dict)  # of an error
+
+    @property
+    def step(self) -> int:
+        """Last one reported."""
+        return self.reports[-1][0] if self.reports else 0
 
 
 class Server:
     """A running ComfyUI on the CPU."""
 
     def __init__(self, base: Path, log: Path) -> None:
-        """Starts it and waits until it answers. RuntimeError with its log where it does not."""
+        """Starts it. RuntimeError with its log where it does not answer."""
         for folder in ("custom_nodes", "models/loras", "input", "output", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         if not (base / "custom_nodes" / PACK).exists():
             (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
-        self.port, self.log = _free_port(), log
-        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base)]
+        self.base, self.log = base, log
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, also anew after a kill, and waits until it answers."""
+        self.port = _free_port()
+        command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--cache-classic"]
-        with log.open("ab") as file:
+        with self.log.open("ab") as file:
             self.process = subprocess.Popen(
                 command, cwd=comfyui_path(), stdout=file, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1"}
             )
@@ -108,42 +126,43 @@ class Server:
         node: str,
         *,
         steps: int = 0,  # that the node reports
-        after: float = 0.0,
+        at: Moment | None = None,
         act: Callable[[], None] | None = None,
         timeout: float = 1200,
     ) -> Heard:
-        """Queues a prompt and listens until it ends. ``act`` is done ``after`` seconds since ``node`` began to work."""
-        return asyncio.run(asyncio.wait_for(self._run(prompt, node, steps, after, act), timeout))
+        """Queues a prompt and listens until it ends. ``act`` is done at a moment of ``node``, unless it ends before."""
+        return asyncio.run(asyncio.wait_for(self._run(prompt, node, steps, at, act), timeout))
 
     async def _run(
-        self, prompt: Mapping[str, Any], node: str, steps: int, after: float, act: Callable[[], None] | None
+        self, prompt: Mapping[str, Any], node: str, steps: int, at: Moment | None, act: Callable[[], None] | None
     ) -> Heard:
         import aiohttp
 
-        heard, acted = Heard(), None
+        heard, acting = Heard(), None
         url = f"ws://127.0.0.1:{self.port}/ws?clientId=interruptions"
         async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as connection:
             queued = self.post("prompt", {"prompt": prompt, "client_id": "interruptions"})["prompt_id"]
             async for message in connection:
                 if message.type != aiohttp.WSMsgType.TEXT:
                     continue
-                said = json.loads(message.data)
-                _note(heard, said, node, queued, steps)
-                if act is not None and heard.began is not None and acted is None:
-                    acted = asyncio.get_running_loop().run_in_executor(None, _later, heard.began + after, act, heard)
+                _note(heard, json.loads(message.data), node, queued, steps)
                 if heard.outcome:
                     break
+                if at and act and not acting and heard.reports and heard.step >= at.step:
+                    due = heard.reports[-1][1] + at.seconds
+                    acting = asyncio.get_running_loop().run_in_executor(None, _later, due, act, heard)
         heard.ended = heard.ended or time.monotonic()
-        if acted is not None:
-            await acted
+        if acting:
+            await acting
         return heard
 
 
-def _later(moment: float, act: Callable[[], None], heard: Heard) -> None:
-    """Acts at the moment, unless the prompt has ended by then."""
-    while time.monotonic() < moment and not heard.outcome:
+def _later(due: float, act: Callable[[], None], heard: Heard) -> None:
+    """Acts when it is time, unless the prompt has ended by then."""
+    while time.monotonic() < due and not heard.ended:
         time.sleep(0.001)
-    if not heard.outcome:
+    if not heard.ended:
+        heard.acted = time.monotonic()
         act()
 
 
@@ -152,9 +171,9 @@ def _note(heard: Heard, said: dict[str, Any], node: str, queued: str, steps: int
     if data.get("prompt_id") not in (None, queued):
         return
     if kind == "executing" and data.get("node") == node:
-        heard.began = now
+        heard.reports.append((0, now))
     if kind == "progress" and data.get("node") == node and data["max"] == steps:
-        heard.step = max(heard.step, data["value"])
+        heard.reports.append((data["value"], now))
     if kind == "execution_error":
         heard.outcome, heard.problem = "error", data
     if kind == "execution_interrupted":
