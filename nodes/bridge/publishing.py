@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from ...training.formats.contents import read_about
-from ...training.formats.state import write_atomically
+from ...training.formats.state import remove_unfinished, write_atomically
 from .files import refresh_adapter_names
 
 ENDING = ".safetensors"
@@ -41,8 +41,7 @@ def copy(source: Path, target: Path) -> None:
 
 def clear_unfinished(stem: Path) -> None:
     """Removes what a killed process left half copied. Nobody else may be publishing for this run."""
-    for temporary in stem.parent.glob(f".{glob.escape(stem.name)}_*.tmp"):
-        temporary.unlink(missing_ok=True)
+    remove_unfinished(stem.parent, f"{glob.escape(stem.name)}_*")
 
 
 def steps_of(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.errors import IncompatibleCheckpoint, TrainingError
-from ...training.formats.state import write_atomically
+from ...training.formats.state import remove_unfinished, write_atomically
 from ...training.loops.checkpoint import RunDirectory, Stored, open_run
 from ...training.loops.config import TrainConfig
 from .files import adapter_folder, first_number, require_writable, runs_folder
@@ -243,6 +243,7 @@ def opened(run: Run) -> Iterator[RunDirectory]:
         with open_run(run.folder) as directory:
             run.write_record()  # again: somebody may have cleared the folder
             clear_unfinished(run.stem)
+            remove_unfinished(run.folder / ENCODED)
             yield directory
     finally:
         if not run.directory.checkpoint.exists():

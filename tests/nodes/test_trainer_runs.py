@@ -433,7 +433,11 @@ def test_files_of_others_are_never_overwritten(train, folders):
 def test_what_a_kill_left_half_copied_is_removed(train, folders):
     train(steps=2)
     ours, foreign = folders[0] / ".mine_00001_.safetensors.123.tmp", folders[0] / ".other_00001_.safetensors.123.tmp"
-    for path in (ours, foreign, folders[1] / "mine_00001" / ".checkpoint.safetensors.123.tmp"):
+    run = folders[1] / "mine_00001"
+    for folder in (run, run / "samples", run / "encoded"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".file.safetensors.123.tmp").write_bytes(b"half")
+    for path in (ours, foreign):
         path.write_bytes(b"half")
     train(steps=3)
     assert leftovers(folders) == [foreign]

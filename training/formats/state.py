@@ -31,6 +31,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what a killed process left of :func:`write_atomically`. ``name``: pattern of the files it was to be."""
+    for temporary in folder.glob(f".{name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def opened(path: Path, expected: str) -> Iterator[safe_open]:
     """A safetensors file, nothing of it read yet. ValueError for a truncated or foreign one says what was expected."""

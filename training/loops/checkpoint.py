@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import IncompatibleCheckpoint, TrainingError
 from ..formats.adapters import save_adapter
 from ..formats.metadata import AdapterMetadata, build_metadata
-from ..formats.state import load_state, save_state, write_atomically
+from ..formats.state import load_state, remove_unfinished, save_state, write_atomically
 from ..formats.styles import Weights
 from .config import TrainConfig, config_from_table, config_to_table
 from .samples import save_samples
@@ -167,8 +167,8 @@ def open_run(path: Path) -> Iterator[RunDirectory]:
     except Timeout as error:
         raise TrainingError(f"Another process is training in {path}: wait for it, or choose another folder.") from error
     try:
-        for left_by_a_kill in [*path.glob(".*.tmp"), *run.samples.glob(".*.tmp")]:
-            left_by_a_kill.unlink()
+        for folder in (path, run.samples):
+            remove_unfinished(folder)
         yield run
     finally:
         lock.release()
