@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .bridge.board import serve_runs
+from .bridge.outlines import serve_outlines
 from .combine import CombineDatasetsNode
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
@@ -29,6 +30,7 @@ class Stylewright(ComfyExtension):
 
     async def on_load(self) -> None:
         serve_runs()
+        serve_outlines()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

@@ -120,9 +120,10 @@ class StyleLoRALoader(io.ComfyNode):
         applied = apply_adapter(model, clip, adapter, strengths, warn=warn)
         message = report(adapter.name, applied)
         (logger.warning if applied.homeless or applied.missized or applied.left_out else logger.info)(message)
-        lines = [message, *([] if levels is None else [sentence(model, levels)]), describe(adapter.file)]
-        info = "\n".join(lines)
-        show_text(cls.hidden.unique_id, info)
+        acting = "\n".join([message, *([] if levels is None else [sentence(model, levels)])])
+        info = f"{acting}\n{describe(adapter.file)}"
+        # What a file is stands on the node since it was picked (web/adapters.js).
+        show_text(cls.hidden.unique_id, info if lora_name == NO_FILE else acting)
         return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase, info)
 
 

@@ -3,9 +3,9 @@
 import { lossByLevel, lossCurve, number } from './charts.js'
 
 // Heights in pixels. The curve takes what else there is.
-const LINE = 16
+export const LINE = 16
 const GAP = 7
-const PADDING = 9
+export const PADDING = 9
 const CURVE = 136
 const LEVELS = 112
 const THUMB = 104 // height of a sample picture
@@ -169,14 +169,14 @@ export function duration(seconds) {
   return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`
 }
 
-function addStyle() {
+export function addStyle() {
   if (document.getElementById('stylewright-panel')) return
   const style = make('style', '', STYLE)
   style.id = 'stylewright-panel'
   document.head.append(style)
 }
 
-function make(tag, className = '', text = '') {
+export function make(tag, className = '', text = '') {
   const element = document.createElement(tag)
   element.className = className
   element.textContent = text

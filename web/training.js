@@ -6,6 +6,7 @@
 import { app } from '../../scripts/app.js'
 import { api } from '../../scripts/api.js'
 import { Panel } from './panel.js'
+import { addPanel, fit } from './widget.js'
 
 const NODE = 'StyleFriendlySNRTrainer'
 const WIDGET = 'stylewright_training'
@@ -65,37 +66,11 @@ const showAll = () => runs.forEach(show)
 /** The node's panel, which it gets when there is something to show: until then it looks as ever. */
 function panelOf(node) {
   if (!panels.has(node)) {
-    const panel = new Panel({ pictureUrl, resized: () => fit(node) })
-    const widget = node.addDOMWidget(WIDGET, 'STYLEWRIGHT_TRAINING', panel.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => panel.minHeight() + 20,
-      getValue: () => undefined
-    })
-    widget.serialize = false
-    panel.element.addEventListener('wheel', zoomTheCanvas)
+    const panel = new Panel({ pictureUrl, resized: () => fit(node, panels.get(node)) })
+    addPanel(node, WIDGET, panel)
     panels.set(node, panel)
   }
   return panels.get(node)
-}
-
-/** Makes the node as high as its widgets need, never smaller. Nodes 2.0 do that by themselves. */
-function fit(node) {
-  const panel = panels.get(node)
-  if (panel) panel.element.style.minHeight = `${panel.minHeight()}px`
-  if (window.LiteGraph?.vueNodesMode) return
-  const [width, height] = node.computeSize()
-  if (width > node.size[0] || height > node.size[1]) {
-    node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])])
-  }
-  node.setDirtyCanvas?.(true, true)
-}
-
-/** The wheel over the panel does what it does elsewhere on the canvas, but where pictures scroll. */
-function zoomTheCanvas(event) {
-  if (window.LiteGraph?.vueNodesMode || event.target.closest('.film')) return
-  event.preventDefault()
-  app.canvas?.processMouseWheel(event)
 }
 
 function pictureUrl(subfolder, name, stamp) {
