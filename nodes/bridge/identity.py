@@ -1,7 +1,7 @@
 """What a run is recognised by, over restarts of ComfyUI: hashes of what is linked, taken without encoding anything.
 
 Of weights a few numbers of every tensor are read, which tell one model from another of the same shape. What other
-nodes patched in counts too, by the numbers it holds; functions count by their names alone.
+nodes patched in counts too, by the numbers it holds; functions count by their names and what they were made with.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.sd
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ from ...training.data.items import Encoded, Item
 from ...training.denoiser import Denoiser
 from ...training.loops.subject import kind_of
 from .families import model_name
+from .functions import sample, traits
 
-SAMPLES = 4  # numbers of each tensor
+ACTING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # wrappers that are called in training
 LENGTH = 12  # hexadecimal digits of a hash
 
 
@@ -35,8 +37,11 @@ def identity_of(
     prior_share: float,
 ) -> dict[str, Any]:
     """The identity of a run on these, for :func:`~stylewright.training.loops.train.train`."""
+    described = {**kind_of(denoiser), "name": model_name(model), "weights": digest_of_model(model)}
+    if acting := functions_on(model):
+        described["functions"] = _hash(*_pieces(traits(acting)))
     return {
-        "model": {**kind_of(denoiser), "name": model_name(model), "weights": digest_of_model(model)},
+        "model": described,
         "encoders": {
             "clip": "none" if clip is None else _hash(clip.layer_idx, digest_of_model(clip.patcher)),
             "vae": "none" if vae is None else digest_of_model(vae.patcher),
@@ -54,6 +59,19 @@ def digest_of_model(model: comfy.model_patcher.ModelPatcher) -> str:
     """Of a model's own weights, whether it is loaded and patched now or not, and of its patches."""
     pieces = list(_pieces([_weights(model), model.patches, model.object_patches]))
     return _hash(*pieces)
+
+
+def functions_on(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
+    """What other nodes made the model compute otherwise by, where training goes through it too; nothing of samplers."""
+    options = model.model_options["transformer_options"]
+    wrappers = [
+        (kind, list(source[kind].values()))
+        for source in (model.wrappers, options.get("wrappers", {}))
+        for kind in ACTING
+        if any(source.get(kind, {}).values())
+    ]
+    acting = {name: value for name, value in options.items() if value and name not in ("wrappers", "callbacks")}
+    return {**acting, "wrappers": wrappers} if wrappers else acting
 
 
 def digest_of_items(items: Iterable[Item]) -> str:
@@ -89,24 +107,18 @@ def _pieces(value: Any) -> Iterator[Tensor | str]:
     """A nested value as what can be hashed."""
     match value:
         case Tensor():
-            yield _sample(value)
+            yield sample(value)
         case nn.Module():
             yield from _pieces([type(value).__name__, *value.state_dict().values()])
         case WeightAdapterBase():
             yield from _pieces([value.name, value.weights])
         case Mapping():
             yield from _pieces([part for name in sorted(value, key=str) for part in (name, value[name])])
-        case list() | tuple() | set() | frozenset():
+        case list() | tuple():
             yield repr(len(value))
             for part in value:
                 yield from _pieces(part)
         case str() | int() | float() | bool() | None | torch.dtype() | torch.device():
             yield repr(value)
         case _:
-            yield type(value).__qualname__
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """A few numbers of a tensor, evenly spaced, on the CPU."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu()
+            yield from _pieces(traits(value))

@@ -84,6 +84,7 @@ def _sentence(name: str, was: Any, now: Any) -> str:
 OF_INPUTS = {
     "data.fingerprint": "the pictures, captions or masks are others",
     "model.weights": "the model's weights, or the LoRAs and patches on it, are others",
+    "model.functions": "what other nodes changed of how the model computes (FreeU, attention patches, …) is different",
     "encoders.clip": "the text encoder is another",
     "encoders.vae": "the VAE is another",
     "start": "the adapter to begin with is another",

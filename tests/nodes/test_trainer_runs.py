@@ -246,12 +246,24 @@ def with_lora_below(sockets):
     return replace(sockets, model=model)
 
 
+def with_blocks_scaled(sockets, strength):
+    """The model with a function of another node in its blocks."""
+
+    def scale(out, extra_options):
+        return {**out, "img": out["img"] * strength}
+
+    model = sockets.model.clone()
+    model.set_model_patch(lambda arguments: scale(arguments, {}), "double_block")
+    return replace(sockets, model=model)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"learning_rate": 0.02, "seed": 5}, ["learning_rate was 0.01 and is 0.02", "seed was 0 and is 5"]),
         ({"pictures": "other"}, ["the pictures, captions or masks are others", "data.pictures was 3 and is 2"]),
         ({"on": "patched"}, ["the model's weights, or the LoRAs and patches on it, are others"]),
+        ({"on": "altered"}, ["what other nodes changed of how the model computes (FreeU, attention patches, …)"]),
         ({"on": "other clip"}, ["the text encoder is another"]),
         ({"steps": 1}, ["it has 2 steps already, and steps is 1"]),
         ({"scheduler": "cosine"}, ["scheduler was 'constant' and is 'cosine'"]),
@@ -264,6 +276,7 @@ def test_what_forbids_to_continue_is_named(changes, words, train, folders, caplo
     others = {
         "other": items(2),
         "patched": with_lora_below(train.sockets()),
+        "altered": with_blocks_scaled(train.sockets(), 0.9),
         "other clip": replace(train.sockets(), clip=replaced_clip(train.sockets().clip)),
     }
     changes = {key: others.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
@@ -305,6 +318,16 @@ def test_a_loaded_and_patched_model_is_the_same_model(train):
     with torch.inference_mode(), training_session(patched.model):
         assert (digest_of_model(sockets.model), digest_of_model(patched.model)) == (plain, changed)
     assert digest_of_model(train.sockets().model) == plain
+
+
+def test_a_run_on_a_model_with_functions_goes_on_until_their_strength_changes(train):
+    from stylewright.training.errors import TrainingError
+
+    train(steps=2, on=with_blocks_scaled(train.sockets(), 0.9))
+    again = train(steps=3, resume="continue", on=with_blocks_scaled(train.sockets(), 0.9))
+    assert again.run.name == "mine_00001"
+    with pytest.raises(TrainingError, match="attention patches, …"):
+        train(steps=4, resume="continue", on=with_blocks_scaled(train.sockets(), 0.8))
 
 
 def test_a_finished_run_is_given_back_after_a_restart(train, folders, monkeypatch):
