@@ -1,0 +1,60 @@
+"""The presets against the schedulers of diffusers that their authors name."""
+
+import pytest
+import torch
+
+from stylewright.training.one_step import FRESH, IMPLIED, SCALED
+from stylewright.training.one_step_presets import ONE_STEP_PRESETS, consistency, trailing
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of tables of torch, inside diffusers
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_times_are_those_of_diffusers(steps):
+    from diffusers import EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+
+    euler = EulerDiscreteScheduler(**SDXL, timestep_spacing="trailing")
+    euler.set_timesteps(steps)
+    assert list(trailing(steps)) == euler.timesteps.tolist()
+    for kind in (LCMScheduler, TCDScheduler):
+        scheduler = kind(**SDXL)
+        scheduler.set_timesteps(steps)
+        assert list(consistency(steps)) == scheduler.timesteps.tolist()
+
+
+def test_flows_are_those_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 4, 4).numpy())  # FluxPipeline's, of a model without a shift
+    assert list(ONE_STEP_PRESETS["FLUX.1-schnell"].levels(4)) == pytest.approx(scheduler.sigmas[:-1].tolist())
+    assert ONE_STEP_PRESETS["SD3.5-Turbo"].levels(4) == pytest.approx((1, 0.9, 0.75, 0.5))
+
+
+def test_every_preset_is_complete():
+    assert len(ONE_STEP_PRESETS) > 10
+    for name, preset in ONE_STEP_PRESETS.items():
+        assert preset.families and preset.source and preset.side in (512, 1024), name
+        assert len(set(preset.steps)) == len(preset.steps), name
+        last = 1.0 if preset.unit == "sigma" else 999
+        for steps in preset.steps:
+            levels = preset.levels(steps)
+            assert len(levels) == steps and list(levels) == sorted(set(levels), reverse=True), name
+            assert levels[-1] > 0 and levels[0] <= last, name
+
+
+def test_what_the_sources_say():
+    """Reference values, each from the source that its preset names."""
+    first = {name: preset.levels(preset.steps[0]) for name, preset in ONE_STEP_PRESETS.items()}
+    assert first["DMD2 SDXL, 1 step"] == (399,)
+    assert first["DMD2 SDXL, 4 steps"] == (999, 749, 499, 249)
+    assert first["PixArt-Alpha-DMD"] == (400,)
+    assert first["Hyper-SDXL, 1-step UNet"] == (800,)
+    assert first["SiD-LSG (SD)"] == (625,) and ONE_STEP_PRESETS["SiD-LSG (SD)"].start == SCALED
+    assert ONE_STEP_PRESETS["SDXL-Lightning, 1 step"].prediction == "x0"
+    deterministic = {name for name, preset in ONE_STEP_PRESETS.items() if preset.freshness == IMPLIED}
+    assert deterministic == {
+        "Hyper-SD, 2 to 8-step LoRAs", "SDXL-Lightning, 2 to 8 steps", "FLUX.1-schnell", "SD3.5-Turbo",
+    }  # fmt: skip
+    assert all(preset.freshness in (FRESH, IMPLIED) for preset in ONE_STEP_PRESETS.values())

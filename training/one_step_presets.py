@@ -1,0 +1,129 @@
+"""What is known of distilled models: at which times they are run, on what noise, and where that is written.
+
+Times count the teacher's 1000, 0 = data; of flows the level is sigma, 1 = noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .one_step import FRESH, IMPLIED, SCALED, UNIT
+
+TIMES = 1000  # of every teacher here
+LCM_TIMES = tuple(range(999, -1, -20))  # the 50 that consistency distillation uses, noisiest first
+
+Levels = Callable[[int], tuple[float, ...]]
+
+
+def trailing(steps: int) -> tuple[float, ...]:
+    """Times evenly spaced back from the last: 999; 999, 499; … (arXiv 2305.08891, "trailing")."""
+    return tuple(round(TIMES - TIMES / steps * step) - 1 for step in range(steps))
+
+
+def consistency(steps: int) -> tuple[float, ...]:
+    """Evenly spaced among the 50 times of LCM (arXiv 2310.04378): 999, 759, 499, 259 of four."""
+    return tuple(LCM_TIMES[step * len(LCM_TIMES) // steps] for step in range(steps))
+
+
+def only(*levels: float) -> Levels:
+    """The levels that a model was distilled for, whose number is given."""
+    return lambda steps: levels
+
+
+def towards_zero(time: float) -> Levels:
+    """An even share of ``time`` a step: 625; 625, 312; …"""
+    return lambda steps: tuple(float(int(time * (1 - step / steps))) for step in range(steps))
+
+
+def shifted(shift: float) -> Levels:
+    """Flow times even in 1 to 0, with a timestep shift (arXiv 2403.03206, section 5.3.2)."""
+
+    def sigmas(steps: int) -> tuple[float, ...]:
+        even = [1 - step / steps for step in range(steps)]
+        return tuple(shift * time / (1 + (shift - 1) * time) for time in even)
+
+    return sigmas
+
+
+@dataclass(frozen=True)
+class OneStepPreset:
+    """A distilled model, or a family of them that are run alike."""
+
+    families: tuple[str, ...]
+    prediction: str
+    levels: Levels  # times, or sigmas of a flow, for a number of steps
+    steps: tuple[int, ...]  # that it may be run with, its usual number first
+    side: int  # of its pictures, in pixels
+    freshness: float = FRESH
+    start: str = UNIT
+    source: str = ""
+
+    @property
+    def unit(self) -> str:
+        """Of its levels."""
+        return "sigma" if self.prediction == "flow" else "time"
+
+
+ONE_STEP_PRESETS = {
+    "SDXL-Turbo": OneStepPreset(
+        ("sdxl",), "eps", trailing, (1, 2, 3, 4), 512,
+        source="arXiv 2311.17042; stabilityai/sdxl-turbo, scheduler_config.json",
+    ),
+    "SD-Turbo": OneStepPreset(
+        ("sd21",), "eps", trailing, (1, 2, 3, 4), 512,
+        source="arXiv 2311.17042; stabilityai/sd-turbo, scheduler_config.json",
+    ),
+    "SwiftBrush, PG-SB (SD)": OneStepPreset(
+        ("sd15", "sd21"), "eps", only(999), (1,), 512,
+        source="arXiv 2312.05239, 2408.14176, 2412.02687; VinAIResearch/SwiftBrush, infer.py",
+    ),
+    "PG-SB (PixArt)": OneStepPreset(("pixart",), "eps", only(999), (1,), 512, source="arXiv 2412.02687"),
+    "DMD2 SDXL, 1 step": OneStepPreset(
+        ("sdxl",), "eps", only(399), (1,), 1024, source="arXiv 2405.14867; tianweiy/DMD2, README: timesteps=[399]"
+    ),
+    "DMD2 SDXL, 4 steps": OneStepPreset(
+        ("sdxl",), "eps", only(999, 749, 499, 249), (4,), 1024, source="arXiv 2405.14867, section 4.4; tianweiy/DMD2"
+    ),
+    "DMD, DMD2 (SD1.5)": OneStepPreset(
+        ("sd15",), "eps", only(999), (1,), 512, source="arXiv 2311.18828, 2405.14867; tianweiy/DMD2"
+    ),
+    "PixArt-Alpha-DMD": OneStepPreset(
+        ("pixart",), "eps", only(400), (1,), 512,
+        source="arXiv 2403.04692; PixArt-alpha/PixArt-sigma, app_pixart_dmd.py: timesteps=[400]",
+    ),
+    "SiD-LSG (SD)": OneStepPreset(
+        ("sd15", "sd21"), "eps", towards_zero(625), (1, 2, 3, 4), 512, start=SCALED,
+        source="arXiv 2406.01561; mingyuanzhou/SiD-LSG, sid_sd_util.py: add_noise of zeros at 625",
+    ),
+    "Hyper-SDXL, 1-step UNet": OneStepPreset(
+        ("sdxl",), "eps", only(800), (1,), 1024,
+        source="arXiv 2404.13686; ByteDance/Hyper-SD, HyperSDXL1StepUnetScheduler: 800",
+    ),
+    "Hyper-SD, 1-step LoRA": OneStepPreset(
+        ("sd15", "sdxl"), "eps", consistency, (1, 2, 3, 4, 5, 6, 7, 8), 1024,
+        source="arXiv 2404.13686; ByteDance/Hyper-SD, README: TCD with eta 1",
+    ),
+    "Hyper-SD, 2 to 8-step LoRAs": OneStepPreset(
+        ("sd15", "sdxl"), "eps", trailing, (4, 2, 8), 1024, IMPLIED,
+        source="arXiv 2404.13686; ByteDance/Hyper-SD, README: DDIM, trailing",
+    ),
+    "SDXL-Lightning, 1 step": OneStepPreset(
+        ("sdxl",), "x0", only(999), (1,), 1024,
+        source="arXiv 2402.13929; ByteDance/SDXL-Lightning, README: prediction type sample",
+    ),
+    "SDXL-Lightning, 2 to 8 steps": OneStepPreset(
+        ("sdxl",), "eps", trailing, (4, 2, 8), 1024, IMPLIED,
+        source="arXiv 2402.13929; ByteDance/SDXL-Lightning, README: Euler, trailing",
+    ),
+    "LCM, TCD": OneStepPreset(
+        ("sd15", "sd21", "sdxl", "pixart"), "eps", consistency, (4, 1, 2, 3, 5, 6, 7, 8), 1024,
+        source="arXiv 2310.04378, 2402.19159 (eta 1); diffusers, LCMScheduler",
+    ),
+    "FLUX.1-schnell": OneStepPreset(
+        ("flux",), "flow", shifted(1.0), (4, 1, 2, 3), 1024, IMPLIED,
+        source="black-forest-labs/flux, sampling.py: get_schedule without a shift",
+    ),
+    "SD3.5-Turbo": OneStepPreset(
+        ("sd3",), "flow", shifted(3.0), (4, 1, 2, 3, 5, 6, 7, 8), 1024, IMPLIED,
+        source="arXiv 2403.12015; stabilityai/stable-diffusion-3.5-large-turbo: 4 steps, shift 3",
+    ),
+}  # fmt: skip
