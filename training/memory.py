@@ -61,7 +61,9 @@ class Footprint(TorchDispatchMode):
         # A tensor that came from outside is an argument before it can be (a view in) a result.
         for leaf in tree_leaves((args, kwargs)):
             self._see(leaf, counts=False)
-        result = func(*args, **kwargs)
+        # As without this mode: classes such as ComfyUI-GGUF's see functions of torch, not the operations below them.
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             self._see(leaf, counts=True)
         self.peak = max(self.peak, self.live)

@@ -54,9 +54,19 @@ def cast_model(dense, dtype: torch.dtype, compute: torch.dtype):
 
 def quantised_model(dense, name: str, options: dict, said: dict, *, fast: bool):
     """The linear layers of the blocks quantised, as files of this kind are."""
+    model = empty_model(dense, torch.float32, torch.float32, quant_config={"mixed_ops": True})
+    model.model.diffusion_model.load_state_dict(quantised_state(dense, name, options, said, fast=fast))
+    if fast:  # ComfyUI has decided by the device that it cannot
+        for part in model.model.modules():
+            if "_full_precision_mm" in vars(part):
+                part._full_precision_mm = False
+    return model
+
+
+def quantised_state(dense, name: str, options: dict, said: dict, *, fast: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a file, under the names that they have in the diffusion model."""
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-    model = empty_model(dense, torch.float32, torch.float32, quant_config={"mixed_ops": True})
     state = {}
     for key, tensor in dense.model.diffusion_model.state_dict().items():
         layer = key.removesuffix("weight")
@@ -68,12 +78,7 @@ def quantised_model(dense, name: str, options: dict, said: dict, *, fast: bool):
             state[f"{layer}comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
         else:
             state[key] = tensor
-    model.model.diffusion_model.load_state_dict(state)
-    if fast:  # ComfyUI has decided by the device that it cannot
-        for part in model.model.modules():
-            if "_full_precision_mm" in vars(part):
-                part._full_precision_mm = False
-    return model
+    return state
 
 
 def is_linear(model, name: str) -> bool:

@@ -406,12 +406,15 @@ def is_known(family: str) -> bool:
     return TINY[family].kind in vars(supported_models)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32):
-    """A ModelPatcher over a random model; no parameter is zero, for zeros would hide errors."""
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, **sizes: object):
+    """A ModelPatcher over a random model; no parameter is zero, for zeros would hide errors.
+
+    ``sizes`` stand in for those of its configuration.
+    """
     import comfy.model_patcher
     from comfy import supported_models
 
-    tiny = TINY[family]
+    tiny = replace(TINY[family], config=TINY[family].config | sizes)
     kind = getattr(supported_models, tiny.kind)
     if "chroma_radiance" in tiny.config.values():  # its parameters grew over the versions
         from comfy.ldm.chroma_radiance.model import ChromaRadianceParams as known

@@ -9,7 +9,7 @@ def memory(model):
     """Where the numbers of a model are, and a copy of them."""
     places, copies = {}, {}
     for name, parameter in model.model.named_parameters():
-        parts = [parameter]
+        parts = [parameter.as_subclass(torch.Tensor)]  # of GGUF, too
         if is_traceable_wrapper_subclass(parameter):
             parts = [getattr(parameter, part) for part in parameter.__tensor_flatten__()[0]]
         for index, part in enumerate(parts):

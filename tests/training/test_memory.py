@@ -55,6 +55,24 @@ def test_products_are_counted_forwards_and_backwards():
     assert cost.flops == 4 * n * i * o
 
 
+class Packed(torch.Tensor):
+    """A class of weights that cannot be made without its own argument, as ComfyUI-GGUF's."""
+
+    def __new__(cls, *args, kind):
+        return super().__new__(cls, *args)
+
+    def __init__(self, *args, kind):
+        super().__init__()
+
+
+def test_tensors_of_other_classes_are_what_they_are_without_counting():
+    x, weight = torch.ones(1, 2), Packed(torch.eye(2), kind="Q8")
+    assert type(torch.Tensor(x @ weight)) is torch.Tensor
+    with Footprint() as cost:
+        assert type(torch.Tensor(x @ weight)) is torch.Tensor
+    assert cost.flops == 2 * 2 * 2
+
+
 @pytest.mark.parametrize("tokens", [16, 32])
 def test_attention_is_counted_on_the_cpu_too(tokens):
     q = torch.randn(1, 2, tokens, 8, requires_grad=True)
