@@ -79,6 +79,11 @@ def adapter_pattern(pattern: str, words: Mapping[str, str]) -> str:
         raise ValueError(
             f"the file name {pattern!r} holds {', '.join(map(repr, bad))}, which some systems do not allow"
         )
+    if bad := [part for part in parts.parts if _is_reserved(part) or part != part.rstrip(" .")]:
+        raise ValueError(
+            f"the file name {pattern!r} holds {bad[0]!r}, which Windows does not allow: names like CON, NUL and COM1 "
+            "are devices there, and none ends in a dot or a space"
+        )
     parts = parts.with_suffix("") if parts.suffix == ".safetensors" else parts
     if long := [part for part in parts.parts if len(part.encode()) > LONGEST_NAME]:
         raise ValueError(
@@ -87,6 +92,12 @@ def adapter_pattern(pattern: str, words: Mapping[str, str]) -> str:
         )
     require_writable(adapter_folder() / parts.parent)
     return parts.as_posix()
+
+
+def _is_reserved(name: str) -> bool:
+    """Whether Windows takes a file's name for a device, whatever its ending."""
+    stem = name.partition(".")[0].strip().lower()
+    return bool(re.fullmatch(r"con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]", stem))
 
 
 def fill(pattern: str, words: Mapping[str, str]) -> str:
@@ -149,4 +160,10 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"nothing can be written to {folder}: {error.strerror}") from error
+        why = f"a file is in its place: {file}" if (file := _file_in_place_of(folder)) else error.strerror
+        raise ValueError(f"nothing can be written to {folder}: {why}") from error
+
+
+def _file_in_place_of(folder: Path) -> Path | None:
+    """What keeps a folder, or one that it is in, from being made."""
+    return next((path for path in (folder, *folder.parents) if path.is_file()), None)

@@ -215,7 +215,7 @@ def new_run(pattern: str, filled: str) -> Run:
         try:
             run.folder.mkdir()
         except FileExistsError:
-            if not _abandoned(run):
+            if not run.folder.is_dir() or not _abandoned(run):
                 number += 1
                 continue
         run.write_record()

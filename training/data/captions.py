@@ -147,9 +147,19 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file: objects with a file, a caption, and if wanted ``mask`` and ``repeats``."""
+    """The rows of a JSONL file: objects with a file, a caption, and if wanted ``mask`` and ``repeats``.
+
+    ValueError for every line that is none.
+    """
     lines = enumerate(read_text(path).split("\n"), start=1)
-    rows = [_row(path, number, line) for number, line in lines if line.strip()]
+    rows, problems = [], []
+    for number, line in lines:
+        try:
+            rows += [_row(path, number, line)] if line.strip() else []
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
     if not rows:
         raise ValueError(f'{path} is empty: expected lines such as {{"file": "cat.png", "caption": "a cat"}}')
     return rows

@@ -19,6 +19,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+LEAST_SIDE = 8  # pixels: less shows nothing, and is most likely a placeholder
 MARGIN = 8  # times the length that is used of a picture: more is cut off before it is resized
 OVERSHOOT = 0.05  # how far pixels from memory may leave [0, 1], as resampled pictures do, before it is a mistake
 
@@ -34,9 +35,13 @@ class Picture:
 def load_picture(image: Tensor | Path, mask: Tensor | Path | None, name: str) -> Picture:
     """An item's picture and mask. A mask that is the picture's own file means the picture's transparency.
 
-    ValueError, with ``name``, for what is missing, unreadable, empty, not finite or of the wrong shape.
+    ValueError, with ``name``, for what is missing, unreadable, empty, tiny, not finite or of the wrong shape.
     """
     pixels = open_image(image) if isinstance(image, Path) else check_pixels(image, name)
+    if min(pixels.shape[1:]) < LEAST_SIDE:
+        raise ValueError(
+            f"{name} is {_size(pixels)} pixels, too little to learn from: expected at least {LEAST_SIDE} a side"
+        )
     if mask is None:
         return Picture(pixels, None)
     if isinstance(mask, Path):

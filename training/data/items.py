@@ -87,9 +87,12 @@ def read_folder(
         raise ValueError(f"{path} is a file: expected a folder with pictures and captions, or a .jsonl file")
     else:
         raise ValueError(f"There is no folder {path}")
-    if problems := _problems(files) + _outside(files, within):
+    rows, unusable = _rows_beside(files)
+    if problems := _problems(files) + unusable + _outside(files, within):
+        # A person mends all of it at once: pictures are opened later, but told of here if there is anything to tell.
+        problems += _unreadable(files, within)
         raise ValueError(f"{path} cannot be trained on:\n" + "\n".join(f"- {problem}" for problem in problems))
-    rows = _all_rows(files)
+    rows = [*files.rows, *rows]
     masks = _masks_beside(rows)
     return [
         Item(
@@ -225,26 +228,47 @@ def _problems(files: _Files) -> list[str]:
 
 def _outside(files: _Files, folder: Path | None) -> list[str]:
     """What is listed and not below the folder, in one line."""
-    if folder is None:
-        return []
     named = [(path, row.place) for row in files.rows for path in (row.image, row.mask) if path is not None]
-    strays = [f"{path} ({place})" for path, place in named if not path.resolve().is_relative_to(folder.resolve())]
+    strays = [f"{path} ({place})" for path, place in named if not _is_below(path, folder)]
     return [f"Files that are listed and not below {folder}: {listed(strays)}"] if strays else []
+
+
+def _is_below(path: Path, folder: Path | None) -> bool:
+    return folder is None or path.resolve().is_relative_to(folder.resolve())
+
+
+def _unreadable(files: _Files, within: Path | None) -> list[str]:
+    """What is wrong with pictures and masks themselves, of those that are there and may be opened."""
+    pictures = dict.fromkeys([*files.images, *(row.image for row in files.rows)])
+    masks = dict.fromkeys([*files.masks, *(row.mask for row in files.rows if row.mask)])
+    found = []
+    for path in [*pictures, *masks]:
+        try:
+            if path.is_file() and _is_below(path, within):
+                load_picture(path, None, str(path))
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _of_mask(mask: Path) -> str:
     return mask.stem.removesuffix(MASK_ENDING)
 
 
-def _all_rows(files: _Files) -> list[Row]:
-    """Listed pictures, then those with a text file of their own. ValueError for an empty text."""
+def _rows_beside(files: _Files) -> tuple[list[Row], list[str]]:
+    """The pictures with a text file of their own, and what is wrong with those files."""
     texts = {text.stem: text for text in files.texts}
     by_list = {row.image for row in files.rows}
-    beside = [image for image in files.images if image not in by_list]
-    rows = [Row(i, one_line(read_text(texts[i.stem])), None, 1, texts[i.stem].name) for i in beside]
+    rows, problems = [], []
+    for image in files.images:
+        if image not in by_list and image.stem in texts:
+            try:
+                rows.append(Row(image, one_line(read_text(texts[image.stem])), None, 1, texts[image.stem].name))
+            except ValueError as error:
+                problems.append(str(error))
     if empty := [row.place for row in rows if not row.caption]:
-        raise ValueError(f"Empty captions: {listed(empty)}. Write what the picture shows, such as 'a cat'")
-    return [*files.rows, *rows]
+        problems.append(f"Empty captions: {listed(empty)}. Write what the picture shows, such as 'a cat'")
+    return rows, problems
 
 
 def _masks_beside(rows: Sequence[Row]) -> dict[Path, Path]:

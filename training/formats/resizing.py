@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.captions import listed
 from .contents import AdapterFile, read_adapter
 from .keys import FAMILIES, UNET_LAYERS
 from .layers import Layer, kronecker_as_lora, product
@@ -74,7 +75,17 @@ class Resized:
 
 
 def resize_layers(layers: Mapping[str, Layer], cut: Cut) -> Resized:
-    """Every layer at the rank of ``cut``. ValueError names one that is no sum of weights: OFT turns them."""
+    """Every layer at the rank of ``cut``. ValueError names one that is no sum of weights, as OFT's, or holds NaN."""
+    # One by one in float32: torch cannot ask float8 whether it is finite.
+    bad = [
+        name
+        for name, layer in layers.items()
+        if not all(bool(tensor.float().isfinite().all()) for tensor in layer.tensors.values())
+    ]
+    if bad:
+        raise ValueError(
+            f"NaN or infinite values are in {listed(bad)}: the adapter's training went wrong, or its file was damaged"
+        )
     small, kept = {}, {}
     for name, layer in layers.items():
         small[name], kept[name] = resize_layer(as_lora(name, layer), cut)

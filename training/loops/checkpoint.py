@@ -205,7 +205,9 @@ def require_writable(path: Path) -> None:
         write_atomically(path / "probe", lambda temporary: _write_text(temporary, "probe"))
         (path / "probe").unlink()
     except OSError as error:
-        raise ValueError(f"Cannot write into {path}: {error}. Choose another folder for the run.") from error
+        file = next((each for each in (path, *path.parents) if each.is_file()), None)
+        why = f"{file} is a file" if file else str(error)
+        raise ValueError(f"Cannot write into {path}: {why}. Choose another folder for the run.") from error
 
 
 @contextmanager

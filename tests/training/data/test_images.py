@@ -160,21 +160,22 @@ def test_mask_files_are_read_by_brightness(tmp_path):
 
 
 def test_a_picture_that_is_its_own_mask(tmp_path):
-    array = colours(shape=(H, W, 4))
+    array = colours(shape=(2 * H, 2 * W, 4))
     path = saved(tmp_path, Image.fromarray(array, "RGBA"))
     assert torch.equal(load_picture(path, path, "a").mask, expected(array)[3:])
-    opaque = saved(tmp_path, Image.fromarray(colours()), "b.png")
+    opaque = saved(tmp_path, Image.fromarray(colours(shape=(2 * H, 2 * W, 3))), "b.png")
     assert load_picture(opaque, opaque, "b").mask is None
 
 
 def test_masks_have_to_fit():
-    pixels = torch.rand(3, H, W)
-    assert load_picture(pixels, torch.ones(H, W), "a").mask is None
-    assert load_picture(pixels, torch.eye(W)[:H], "a").mask.shape == (1, H, W)
-    with pytest.raises(ValueError, match="mask of cat is 5x8, the picture 8x5"):
-        load_picture(pixels, torch.ones(W, H), "cat")
+    height, width = 10, 16
+    pixels = torch.rand(3, height, width)
+    assert load_picture(pixels, torch.ones(height, width), "a").mask is None
+    assert load_picture(pixels, torch.eye(width)[:height], "a").mask.shape == (1, height, width)
+    with pytest.raises(ValueError, match="mask of cat is 10x16, the picture 16x10"):
+        load_picture(pixels, torch.ones(width, height), "cat")
     with pytest.raises(ValueError, match="mask of cat is black"):
-        load_picture(pixels, torch.zeros(H, W), "cat")
+        load_picture(pixels, torch.zeros(height, width), "cat")
 
 
 @pytest.mark.parametrize(

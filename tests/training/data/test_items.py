@@ -8,7 +8,7 @@ from stylewright.training.data.concepts import Concept
 from stylewright.training.data.items import Item, check_pictures, items_from_memory, read_folder
 
 
-def picture(path, mode="RGB", size=(8, 5)):
+def picture(path, mode="RGB", size=(12, 9)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, "white").save(path)
     return path
@@ -167,3 +167,40 @@ def test_everything_that_cannot_be_opened_is_named_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         check_pictures([*items, *bad])
     assert "one.png" in str(caught.value) and "two.png" in str(caught.value)
+
+
+def test_pictures_and_captions_that_cannot_be_used_are_named_together(folder):
+    """Nobody should mend a folder one message at a time."""
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a cow")
+    picture(folder / "dot.png", size=(1, 1))
+    (folder / "a.txt").write_text(" \n")
+    (folder / "b.txt").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(ValueError) as error:
+        read_folder(folder)
+    text = str(error.value)
+    assert text.startswith(f"{folder} cannot be trained on:\n- ")
+    for part in ("without captions: dot.png", "Empty captions: a.txt", "b.txt", "broken.png", "dot.png is 1x1 pixels"):
+        assert part in text, part
+
+
+def test_what_lies_outside_is_not_opened(folder):
+    (folder / "in").mkdir()
+    (folder / "secret.png").write_bytes(b"no picture")
+    (folder / "in" / "list.jsonl").write_text('{"file": "../secret.png", "caption": "c"}')
+    with pytest.raises(ValueError, match="not below") as error:
+        read_folder(folder / "in", within=folder / "in")
+    assert "Cannot read" not in str(error.value)
+
+
+def test_every_line_of_a_list_that_cannot_be_used_is_named(folder):
+    (folder / "list.jsonl").write_text('{"file": "a.jpg", "caption": ""}\nnonsense\n{"file": "b.PNG", "caption": "ok"}')
+    with pytest.raises(ValueError, match=r"line 1: 'caption' is ''(?s:.*)line 2 is not JSON"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (200, 7)])
+def test_a_picture_that_shows_nothing_is_named_with_its_size(size, tmp_path):
+    item = Item(picture(tmp_path / "it.png", size=size), "a cat", name="it.png")
+    with pytest.raises(ValueError, match=f"it.png is {size[0]}x{size[1]} pixels.*at least 8 a side"):
+        check_pictures([item])

@@ -101,3 +101,13 @@ def test_what_a_file_of_another_tool_is(file):
         assert part in text
     assert describe(read_outline(file)) == text
     assert inspect_adapter(file).ranks == (6,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named_with_their_layer(value, file, tmp_path):
+    tensors = load_file(file)
+    tensors["lora_unet_double_blocks_1_img_attn_proj.lora_up.weight"][3, 2] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"NaN or infinite values are in double_blocks[._]1"):
+        resize_adapter(tmp_path / "bad.safetensors", tmp_path / "small.safetensors", Cut(value=2))
+    assert not (tmp_path / "small.safetensors").exists()

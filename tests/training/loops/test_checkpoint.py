@@ -321,3 +321,10 @@ def test_a_run_killed_twice_equals_a_straight_one(run_to, repository, tmp_path):
     reported = [json.loads(line)["step"] for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
     assert reported == sorted(set(reported))
     assert reported[-1] == steps
+
+
+def test_a_file_in_the_place_of_a_run_s_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("no folder")
+    for path in (tmp_path / "run", tmp_path / "run" / "inner"):
+        with pytest.raises(ValueError, match=r"run is a file\. Choose another folder"), open_run(path):
+            pass
