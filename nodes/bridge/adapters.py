@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -13,8 +12,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from comfy.weight_adapter import WeightAdapterBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...training.adapters.groups import groups_of, layer_strengths
 from ...training.data.captions import listed
@@ -26,6 +24,7 @@ from ...training.formats.styles import MERGED, styled
 from ...training.windows import Window
 from .families import OTHER, family_of, model_name
 from .files import adapter_path
+from .fitting import Fitted, fit, missized, place_of, spellings
 from .frozen_layers import ComfyWeights
 from .text_encoders import has_clip, trainable_text_encoders
 from .windowed import act_within
@@ -116,22 +115,23 @@ def apply_adapter(
     refuse_foreign(model, lora)
     refuse_non_finite(lora)
     refuse_incomplete(lora)
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    names = spellings(model, clip)
     fitted = fit(lora, names, with_text=clip is not None)
     # Families share names of layers (Chroma has FLUX's). What does not say its family is taken if all of it fits.
     reason = foreignness(model, lora)
-    if fitted.homeless and reason:
+    known = family_of(model) in FAMILIES  # whose names are told from others'
+    if fitted.homeless and reason and known:
         raise ValueError(reason)
     if fitted.homeless and lora.file.family in FAMILIES:
         # ComfyUI drops what it cannot spell, such as the attention layers of diffusers' files for SD1.5 and SDXL.
         with suppress(ValueError):  # a layer that the family does not have: said below, with the others
             fitted = min(fitted, fit(respelled(lora, model, clip), names, with_text=clip is not None), key=_homeless)
+    if reason and not known and not _mostly_fits(model, lora, fitted):
+        raise ValueError(reason)
     wrong = missized(model.model, fitted.patches)
     if clip is not None:
         wrong += missized(clip.cond_stage_model, fitted.patches)
-    if wrong and reason:
+    if wrong and reason and known:
         raise ValueError(reason)
     patches = {name: patch for name, patch in fitted.patches.items() if place_of(name) not in wrong}
     model = model.clone()
@@ -148,6 +148,13 @@ def apply_adapter(
     idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
     left_out = 0 if clip is not None else sum(name.startswith(TEXT_ENCODER) for name in lora.file.layers)
     return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle), left_out)
+
+
+def _mostly_fits(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors, fitted: Fitted) -> bool:
+    """Whether at least half of an adapter's layers have a place in the model."""
+    weights = model.model.state_dict().keys()
+    fitting = sum(place_of(name) in weights for name in fitted.patches)
+    return 2 * fitting >= sum(not name.startswith(TEXT_ENCODER) for name in lora.file.layers)
 
 
 def _put(
@@ -190,77 +197,6 @@ def _nothing_fits(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors,
     )
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Patches for ``add_patches``, and the tensors that are in none."""
-
-    patches: dict
-    homeless: tuple[str, ...]
-
-
-def fit(tensors: Mapping[str, Tensor], names: Mapping[str, object], *, with_text: bool) -> Fitted:
-    """Tensors by ComfyUI's own rules. ``names``: its map of the spellings of every layer."""
-    record = ReadingRecord(comfy.lora_convert.convert_lora(dict(tensors)))
-    patches = comfy.lora.load_lora(record, names, log_missing=False)
-    left = [key for key in record if key not in record.read and (with_text or not _is_text(key))]
-    return Fitted(patches, tuple(left))
-
-
-def place_of(name: str | tuple) -> str:
-    """The weight that a patch is for; where it is for a part of it, ComfyUI's name is a tuple."""
-    return name if isinstance(name, str) else name[0]
-
-
-def missized(module: nn.Module, patches: Mapping[str | tuple, object]) -> list[str]:
-    """The weights of ``module`` whose patches have other sizes.
-
-    ComfyUI finds out when it applies them, logs it, and goes on without. Here each is applied to a weight of the same
-    shape that holds no numbers; what ComfyUI adds to it passes through a function, which is reached where sizes agree.
-    """
-    weights = dict(module.named_parameters())
-    found = dict.fromkeys(place_of(name) for name, patch in patches.items() if not _agrees(weights, name, patch))
-    return list(found)
-
-
-def _agrees(weights: Mapping[str, Tensor], name: str | tuple, patch: object) -> bool:
-    weight = weights.get(place_of(name))
-    if weight is None or not _adds(patch):
-        return True
-    reached = []
-
-    def pass_on(addend: Tensor) -> Tensor:
-        reached.append(True)
-        return addend
-
-    empty = torch.empty(weight.shape, device="meta")
-    offset = None if isinstance(name, str) else name[1]
-    comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, pass_on)], empty, place_of(name))
-    return bool(reached)
-
-
-def _adds(patch: object) -> bool:
-    """Whether a patch is something added to a weight, and not a weight in its place."""
-    return isinstance(patch, WeightAdapterBase) or (isinstance(patch, tuple) and patch[0] == "diff")
-
-
-class ReadingRecord(dict):
-    """Remembers which entries were taken out: ComfyUI looks for the names that a model has, and reads what it finds."""
-
-    def __init__(self, entries: Mapping[str, Tensor]) -> None:
-        super().__init__(entries)
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Tensor:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    # Differences of weights are read so.
-    def get(self, key: str, default: Any = None, /) -> Any:  # ty: ignore[incompatible-method-override]
-        if key in self:
-            self.read.add(key)
-        return super().get(key, default)
-
-
 def respelled(
     lora: AdapterTensors, model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | None
 ) -> dict[str, Tensor]:
@@ -292,12 +228,6 @@ def weights_of(model: comfy.model_patcher.ModelPatcher, clip: comfy.sd.CLIP | No
 
 def _homeless(fitted: Fitted) -> int:
     return len(fitted.homeless)
-
-
-def _is_text(key: str) -> bool:
-    """Whether a tensor belongs to a text encoder."""
-    spelled = read_key(key)
-    return spelled is not None and spelled[0].startswith(TEXT_ENCODER)
 
 
 def refuse_incomplete(lora: AdapterTensors) -> None:
@@ -333,7 +263,8 @@ def foreignness(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors) -
     family, theirs = family_of(model), lora.file.family
     if theirs in (None, OTHER, family) or (family == OTHER and theirs not in FAMILIES):
         return None
+    is_for = "is an adapter for" if lora.file.states_family else "is, by the names of its layers, an adapter for"
     return (
-        f"{lora.name} is an adapter for the family {theirs!r}, and this model is a {model_name(model)} of the "
+        f"{lora.name} {is_for} the family {theirs!r}, and this model is a {model_name(model)} of the "
         f"family {family!r}: choose an adapter that was trained on such a model"
     )

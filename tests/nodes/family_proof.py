@@ -21,9 +21,9 @@ from safetensors import safe_open
 from tiny_models import TINY, TinyClip, TinyVae, tiny_model
 from torch import Tensor, nn
 
-from stylewright.nodes.bridge.adapters import ReadingRecord
 from stylewright.nodes.bridge.denoiser import ComfyDenoiser
 from stylewright.nodes.bridge.families import family_of, is_film
+from stylewright.nodes.bridge.fitting import ReadingRecord
 from stylewright.nodes.bridge.noise_levels import noise_levels
 from stylewright.nodes.bridge.prompts import PromptTable
 from stylewright.nodes.bridge.session import training_session

@@ -130,6 +130,50 @@ def test_names_that_families_share_tell_nothing_where_all_of_it_fits(tiny, loras
         load(tiny("sdxl"), "shared.safetensors")
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_flux_s_kin_take_what_fits_of_a_file_that_looks_like_flux_s(prefix, tiny, loras, caplog):
+    """Chroma has FLUX's blocks without their modulations; nothing in such a file says which of them it is for."""
+    native = ["double_blocks.0.img_attn.proj", "single_blocks.1.linear2", "double_blocks.1.img_mlp.0"]
+    diffusers = ["transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.1.proj_out"]
+    ours = {"diffusion_model.": native, "transformer.": [*diffusers, "transformer_blocks.1.ff.net.0.proj"]}
+    places, model = ours["diffusion_model."], tiny("chroma")
+    shapes = [model.model.diffusion_model.get_submodule(name).weight.shape for name in places]
+    files = {f"{prefix}{name}": size for name, size in zip(ours[prefix], shapes, strict=True)}
+    tensors = {key: value for name, size in files.items() for key, value in pair(name, *size).items()}
+    gone = "double_blocks.0.img_mod.lin" if prefix == "diffusion_model." else "transformer_blocks.0.norm1.linear"
+    save_file(tensors | pair(f"{prefix}{gone}", 384, 64), loras / "kin.safetensors")
+    patched = load(model, "kin.safetensors")[0]
+    assert sorted(patched.patches) == sorted(f"diffusion_model.{name}.weight" for name in places)
+    assert "2 tensors found no place" in caplog.text
+
+
+def test_what_hardly_fits_another_family_is_refused_by_what_its_names_say(tiny, loras):
+    model = tiny("chroma")
+    size = model.model.diffusion_model.get_submodule("double_blocks.0.img_attn.proj").weight.shape
+    tensors = pair("diffusion_model.double_blocks.0.img_attn.proj", *size)
+    for block in range(3):
+        tensors |= pair(f"diffusion_model.joint_blocks.{block}.x_block.attn.proj", 64, 64)
+    save_file(tensors, loras / "other.safetensors")
+    with pytest.raises(ValueError, match=r"is, by the names of its layers, an adapter for the family 'flux'.*Chroma"):
+        load(model, "other.safetensors")
+
+
+def test_a_file_of_hunyuan_video_s_own_names_lands_there_and_nowhere_else(tiny, loras):
+    names = {
+        "double_blocks.0.img_attn_qkv": "double_blocks.0.img_attn.qkv",
+        "double_blocks.1.txt_mlp.fc1": "double_blocks.1.txt_mlp.0",
+        "single_blocks.0.linear1": "single_blocks.0.linear1",
+    }
+    model, tensors = tiny("hunyuan-video"), {}
+    for theirs, ours in names.items():
+        tensors |= pair(f"transformer.{theirs}", *model.model.diffusion_model.get_submodule(ours).weight.shape)
+    save_file(tensors, loras / "film.safetensors")
+    patched = load(model, "film.safetensors")[0]
+    assert sorted(patched.patches) == sorted(f"diffusion_model.{name}.weight" for name in names.values())
+    with pytest.raises(ValueError, match="an adapter for the family 'hunyuan-video', and this model is a Flux"):
+        load(tiny("flux"), "film.safetensors")
+
+
 def test_tensors_without_a_place_are_named(tiny, loras, caplog):
     model = tiny("flux")
     tensors = {

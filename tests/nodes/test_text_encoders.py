@@ -277,7 +277,8 @@ def test_the_stock_loader_gives_what_was_trained(family, method, sockets, datase
     from nodes import LoraLoader
     from safetensors.torch import load_file
 
-    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter, fit, read_tensors
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter, read_tensors
+    from stylewright.nodes.bridge.fitting import fit
 
     made = sockets(family)
     before, weights = predict(made.model, made.clip), snapshot(made)

@@ -237,7 +237,7 @@ def test_every_method_lands_complete_in_the_stock_loader(method, embedded, datas
     import comfy.lora
     import comfy.sd
 
-    from stylewright.nodes.bridge.adapters import fit
+    from stylewright.nodes.bridge.fitting import fit
 
     lora, _, path = run(embedded, dataset, method=method, learning_rate=5e-3)
     names = comfy.lora.model_lora_keys_unet(embedded.model.model, {})
@@ -256,7 +256,7 @@ def test_optimizers_without_a_schedule_train(optimizer, rate, embedded, dataset,
 
     import comfy.lora
 
-    from stylewright.nodes.bridge.adapters import fit
+    from stylewright.nodes.bridge.fitting import fit
 
     lora, losses, path = run(embedded, dataset, optimizer=optimizer, learning_rate=rate, warm_up=1, accumulation=2)
     assert len(losses["loss"]) == 4 and all(map(math.isfinite, losses["loss"]))

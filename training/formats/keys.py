@@ -56,7 +56,10 @@ def layout_of(family: str, names: Iterable[str], unet_layers: int = UNET_LAYERS)
 
 
 def detect_family(names: Iterable[str]) -> str | None:
-    """The family whose layers have such names; None where they tell nothing. SD1.5 for a UNet that may be either."""
+    """The family whose layers have such names; None where they tell nothing.
+
+    It is a guess: SD1.5 for a UNet that may be either, FLUX for what may be Chroma's.
+    """
     joined = "\n".join(sorted(names)) + "\n"
     for family, marks in _MARKS.items():
         if any(mark in joined for mark in marks):
@@ -64,8 +67,18 @@ def detect_family(names: Iterable[str]) -> str | None:
     return None
 
 
-# The first family with a mark in a name. FLUX's double blocks have the same diffusers names as SD3's.
+# The first family with a mark in a name. FLUX's double blocks have the same diffusers names as SD3's, and the kin of
+# either have theirs: what has none of their own marks cannot be told from FLUX or SD3, and is taken for them.
 _MARKS: dict[str, tuple[str, ...]] = {
+    "chroma-radiance": ("nerf_blocks.", "nerf_final_layer", "nerf_image_embedder."),
+    "chroma": ("distilled_guidance_layer.",),  # in place of FLUX's modulations
+    "hunyuan-video": (
+        *("individual_token_refiner.", "token_refiner.refiner_blocks.", "img_attn_qkv", "img_attn_proj"),
+        *("txt_attn_qkv", "txt_attn_proj", "img_mlp.fc1", "img_mlp.fc2", "txt_mlp.fc1", "txt_mlp.fc2"),
+        *("img_mod.linear", "txt_mod.linear", ".modulation.linear"),
+    ),
+    "flux2": ("double_stream_modulation", "single_stream_modulation", "to_qkv_mlp_proj", "ff.linear_in"),
+    "qwen-image": ("img_mlp.net.", "txt_mlp.net.", "img_mod.1", "txt_mod.1"),
     "flux": ("double_blocks.", "single_blocks.", "single_transformer_blocks."),
     "sd3": ("joint_blocks.", "attn.add_q_proj", "attn.to_add_out", "norm1_context."),
     "sdxl": (

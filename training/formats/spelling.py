@@ -67,6 +67,8 @@ _COMPOUND = (
     *("timestep_embedder", "text_embedder", "guidance_embedder", "resolution_embedder", "aspect_ratio_embedder"),
     *("time_embedding", "add_embedding", "time_emb_proj", "conv_shortcut", "conv_in", "conv_out", "linear_1"),
     *("linear_2", "pos_embed", "caption_projection", "adaln_single", "text_model", "self_attn", "q_proj", "k_proj"),
+    *("distilled_guidance_layer", "individual_token_refiner", "token_refiner", "refiner_blocks", "nerf_blocks"),
+    *("nerf_final_layer", "nerf_image_embedder", "double_stream_modulation", "single_stream_modulation"),
     *("v_proj", "out_proj", "text_projection", "wi_0", "wi_1"),
 )
 _TOKEN = re.compile("(?:" + "|".join(sorted(_COMPOUND, key=len, reverse=True)) + r"|[^_]+)(?=_|$)")

@@ -101,6 +101,35 @@ def test_there_and_back(family):
     assert detect_family(NATIVE[family]()) == family or family == "sdxl"
 
 
+DOUBLE, SINGLE = "lora_unet_double_blocks_0", "lora_unet_single_blocks_0"
+THEIR_DOUBLE, THEIR_SINGLE = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [  # as other tools write them
+        ("chroma", [f"{SINGLE}_linear1", "diffusion_model.distilled_guidance_layer.layers.0.in_layer"]),
+        ("chroma", [f"{SINGLE}_linear1", "lora_unet_distilled_guidance_layer_in_proj"]),
+        ("chroma", [f"{THEIR_DOUBLE}.attn.to_q", "transformer.distilled_guidance_layer.out_proj"]),
+        ("chroma-radiance", [f"{DOUBLE}_img_attn_qkv", "lora_unet_nerf_blocks_0_param_generator"]),
+        ("hunyuan-video", ["transformer.double_blocks.0.img_attn_qkv"]),
+        ("hunyuan-video", ["diffusion_model.double_blocks.0.txt_mlp.fc2", f"{SINGLE}_linear1"]),
+        ("hunyuan-video", [f"{DOUBLE}_img_mod_linear", f"{DOUBLE}_img_attn_qkv"]),
+        ("hunyuan-video", ["lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv", f"{SINGLE}_linear2"]),
+        ("hunyuan-video", [THEIR_SINGLE, "transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q"]),
+        ("flux2", [f"{THEIR_SINGLE}.attn.to_qkv_mlp_proj"]),
+        ("qwen-image", [f"{THEIR_DOUBLE}.attn.add_q_proj", f"{THEIR_DOUBLE}.img_mlp.net.2"]),
+        ("flux", [f"{DOUBLE}_img_attn_qkv", f"{DOUBLE}_img_mod_lin", f"{DOUBLE}_img_mlp_0"]),
+        ("flux", [f"{THEIR_SINGLE}.attn.to_q", f"{THEIR_DOUBLE}.attn.add_q_proj"]),
+        ("flux", ["diffusion_model.single_blocks.0.modulation.lin"]),
+        ("sd3", [f"{THEIR_DOUBLE}.attn.add_q_proj", f"{THEIR_DOUBLE}.ff.net.2"]),
+    ],
+)
+def test_flux_s_kin_are_told_apart_by_their_own_layers(family, keys):
+    names = [read_key(f"{key}.lora_down.weight")[0] for key in keys]
+    assert detect_family(names) == family
+
+
 def test_tables_have_no_name_twice():
     for names in TRANSFORMERS.values():
         for _, _, inside in names.stacks:
