@@ -21,15 +21,8 @@ load_package()
 
 import torch  # noqa: E402
 
-from stylewright.training.densities import (  # noqa: E402
-    DENSITIES,
-    Density,
-    DensityConfig,
-    Normal,
-    UniformTime,
-    build_density,
-    stratified_uniform,
-)
+from stylewright.training.densities import Density, Normal, UniformTime, stratified_uniform  # noqa: E402
+from stylewright.training.density_presets import DENSITIES, DensityConfig, build_density  # noqa: E402
 from stylewright.training.noise import time_of_log_snr  # noqa: E402
 from stylewright.training.randomness import generator  # noqa: E402
 

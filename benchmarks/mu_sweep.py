@@ -37,7 +37,7 @@ from stylewright.training.adapters.methods import AdapterConfig  # noqa: E402
 from stylewright.training.data.encoding import encode  # noqa: E402
 from stylewright.training.data.items import items_from_memory  # noqa: E402
 from stylewright.training.demo.scoring import oracle_judge, other_subjects  # noqa: E402
-from stylewright.training.densities import DensityConfig  # noqa: E402
+from stylewright.training.density_presets import DensityConfig  # noqa: E402
 from stylewright.training.embedded.oracle import Oracle, load_oracle  # noqa: E402
 from stylewright.training.embedded.renderer import HELD_OUT_STYLES, SUBJECTS, render, scene_of  # noqa: E402
 from stylewright.training.embedded.weights import Weights  # noqa: E402

@@ -4,7 +4,7 @@ import math
 
 from comfy_api.latest import io, ui
 
-from ..training.densities import DENSITIES, DensityConfig, build_density, style_window
+from ..training.density_presets import DENSITIES, DensityConfig, build_density, style_window
 from .bridge.families import model_name
 from .bridge.families import reference_tokens as stated_tokens
 from .bridge.noise_levels import noise_levels

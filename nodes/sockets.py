@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..training.data.concepts import PRIOR_SHARE
 from ..training.data.items import Item
-from ..training.densities import DensityConfig
+from ..training.density_presets import DensityConfig
 
 DATASET = io.Custom("STYLE_DATASET")
 DENSITY = io.Custom("STYLE_DENSITY")

@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..training.adapters.methods import AdapterConfig
-from ..training.densities import DensityConfig
+from ..training.density_presets import DensityConfig
 from ..training.loops.config import MEMORY, TrainConfig
 from .bridge.precision import precision_for
 from .bridge.resuming import AS_IT_IS, AUTOMATIC

@@ -18,7 +18,7 @@ from ...training.data.concepts import PRIOR_SHARE, STYLE
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
-from ...training.densities import style_window
+from ...training.density_presets import style_window
 from ...training.errors import TrainingError
 from ...training.formats.starting import Start
 from ...training.hosts.host import Host

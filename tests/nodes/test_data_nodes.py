@@ -236,7 +236,7 @@ def test_a_density_is_stated_and_drawn():
 
 def test_the_picture_shows_where_the_law_is():
     from stylewright.nodes.density_picture import LEFT, RIGHT, axis_of, curve
-    from stylewright.training.densities import DensityConfig, build_density
+    from stylewright.training.density_presets import DensityConfig, build_density
 
     law = build_density(DensityConfig(mu=-6.0, sigma=2.0), (-math.inf, math.inf), 4096)
     axis = axis_of(law)
@@ -249,7 +249,7 @@ def test_the_picture_shows_where_the_law_is():
 
 def test_the_resolution_rule_and_a_model_s_range_show(tiny):
     from stylewright.nodes.density_picture import summary
-    from stylewright.training.densities import DensityConfig, build_density, style_window
+    from stylewright.training.density_presets import DensityConfig, build_density, style_window
 
     config = density(reference_tokens=4096, resolution=128).args[0].config
     text = summary(build_density(config, (-math.inf, math.inf), 64), style_window(config, 64))

@@ -275,7 +275,7 @@ def test_density_reaches_the_run(embedded, dataset, folders):
     import json
 
     from stylewright.nodes.sockets import StyleDensity
-    from stylewright.training.densities import DensityConfig
+    from stylewright.training.density_presets import DensityConfig
 
     _, output = folders
     from stylewright.nodes.trainer import StyleFriendlySNRTrainer

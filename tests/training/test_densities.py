@@ -7,11 +7,12 @@ from scipy import integrate, stats
 
 from stylewright.training import clocks, noise
 from stylewright.training import densities as d
+from stylewright.training.density_presets import DENSITIES
 
 U = torch.linspace(0.0005, 0.9995, 1999, dtype=torch.float64)
 SD_RANGE = clocks.DiscreteClock(clocks.scaled_linear_alphas()).log_snr_range
 EVERY_LAW = {
-    **d.DENSITIES,
+    **DENSITIES,
     "shifted": d.Shifted(d.Normal(-6, 2), 4.16),
     "truncated": d.Truncated(d.Normal(-6, 2), *SD_RANGE),
     "truncated mixture": d.Truncated(d.Mixture((d.Normal(-6, 1), d.Normal(5.36, 1)), (3, 1)), -7, 6),
@@ -101,13 +102,6 @@ def test_quantiles_are_named_in_log_snr():
     assert d.quantiles(d.Normal(-6, 2)) == pytest.approx(stats.norm(-6, 2).ppf([0.05, 0.25, 0.5, 0.75, 0.95]), abs=1e-5)
 
 
-def test_presets_are_the_papers():
-    assert d.DENSITIES["style-friendly-flux"] == d.Normal(-6, 3)
-    assert d.DENSITIES["style-friendly-sd3.5"] == d.DENSITIES["style-friendly"] == d.Normal(-6, 2)
-    assert d.DENSITIES["objects"] == d.Normal(-2.2, 2)
-    assert d.DENSITIES["sd3"].mu == pytest.approx(-2 * math.log(3)) and d.DENSITIES["sd3"].sigma == 2
-
-
 @pytest.mark.parametrize("sigma", [2.0, 3.0])
 def test_kohyas_shift_is_the_same_law(sigma):
     """sd-scripts: --timestep_sampling shift --discrete_flow_shift 20.0855 --sigmoid_scale sigma / 2."""
@@ -135,22 +129,6 @@ def test_uniform_time_is_uniform_in_flow_time(shift):
     t = shift * U / (1 + (shift - 1) * U)
     ours = noise.time_of_log_snr(d.UniformTime(shift).icdf(1 - U).double())
     torch.testing.assert_close(ours, t, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("preset", "mean", "shares"),
-    [
-        ("schedule-sd", -0.97, (0.65, 0.35, 0.12, 0, 0)),
-        ("schedule-sd3", -2.20, (0.75, 0.53, 0.29, 0.13, 0.05)),
-        ("schedule-flux", -2.30, (0.76, 0.54, 0.30, 0.14, 0.06)),
-        ("style-friendly", -6, (0.999, 0.98, 0.84, 0.50, 0.16)),
-    ],
-)
-def test_schedule_percent_is_the_law_measured_on_comfyuis_trainer(preset, mean, shares):
-    law = d.DENSITIES[preset]
-    assert draws(law, 100_000).mean().item() == pytest.approx(mean, abs=0.02)
-    below = [d.share_below(law, threshold) for threshold in (0, -2, -4, -6, -8)]
-    assert below == pytest.approx(shares, abs=6e-3)
 
 
 def test_mixture_is_the_weighted_average_of_its_parts():
@@ -263,32 +241,7 @@ def test_no_draw_is_pure_noise_in_float32_and_many_would_be_in_bf16():
     assert (t.bfloat16() == 1).double().mean().item() == pytest.approx(0.016, abs=1e-3)
 
 
-# ---- configuration
-
-
-def test_build_truncates_to_the_model():
-    law = d.build_density(d.DensityConfig(), SD_RANGE, tokens=4096)
-    assert law == d.Truncated(d.Normal(-6, 2), *SD_RANGE)
-
-
-def test_build_bounds_an_unbounded_model():
-    law = d.build_density(d.DensityConfig("style-friendly-flux"), (-math.inf, math.inf), tokens=4096)
-    torch.testing.assert_close(law.icdf(U), d.Normal(-6, 3).icdf(U), atol=4e-2, rtol=0)
-    t = noise.time_of_log_snr(law.icdf(torch.tensor([0.0, 1.0])))
-    assert t.tolist() == pytest.approx([1 - 1e-4, 1e-4], abs=2e-5)
-
-
-@pytest.mark.parametrize(("tokens", "median"), [(4096, -6), (64, -1.84), (1024, -4.61)])
-def test_resolution_rule_is_off_until_a_reference_is_given(tokens, median):
-    on, off = d.DensityConfig(reference_tokens=4096), d.DensityConfig()
-    assert d.quantiles(d.build_density(on, clocks.FLOW_RANGE, tokens), (0.5,)) == pytest.approx([median], abs=6e-3)
-    assert d.quantiles(d.build_density(off, clocks.FLOW_RANGE, tokens), (0.5,)) == pytest.approx([-6], abs=1e-3)
-
-
-def test_a_model_states_the_reference_where_the_user_does_not():
-    assert d.DensityConfig(mu=-3.0).stated_for(4096) == d.DensityConfig(mu=-3.0, reference_tokens=4096)
-    assert d.DensityConfig(reference_tokens=1024).stated_for(4096).reference_tokens == 1024
-    assert d.DensityConfig().stated_for(None) == d.DensityConfig()
+# ---- words and refusals
 
 
 def test_a_law_is_a_sentence():
@@ -296,34 +249,6 @@ def test_a_law_is_a_sentence():
     assert d.sentence(law.describe()) == (
         "truncated low=-5.364 high=7.069 of mixture weights=[0.8, 0.2] of (normal mu=-6 sigma=2; uniform-time shift=1)"
     )
-
-
-def test_a_further_shift_moves_the_law_towards_noise():
-    law = d.build_density(d.DensityConfig(shift=3.0), clocks.FLOW_RANGE, tokens=4096)
-    assert d.quantiles(law, (0.5,)) == pytest.approx([-8.197], abs=1e-3)
-
-
-def test_mean_and_deviation_replace_the_presets():
-    law = d.preset_density(d.DensityConfig("style-friendly-flux", mu=-4.5))
-    assert law == d.Normal(-4.5, 3)
-    assert d.preset_density(d.DensityConfig("sd3", sigma=1.0)).mu == pytest.approx(-2.197, abs=1e-3)
-    assert d.preset_density(d.DensityConfig(mu=0.0)) == d.Normal(0, 2)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (d.DensityConfig("style-freindly"), "'style-freindly'.*style-friendly-flux"),
-        (d.DensityConfig("uniform", mu=-6.0), "'uniform' has no mu.*objects"),
-        (d.DensityConfig(sigma=0.0), "sigma=0.0"),
-        (d.DensityConfig(mu=math.nan), "mu=nan"),
-        (d.DensityConfig(shift=0.0), "shift of 0.0"),
-        (d.DensityConfig(reference_tokens=0), "reference of 0"),
-    ],
-)
-def test_bad_configurations_say_what_is_allowed(config, message):
-    with pytest.raises(ValueError, match=message):
-        d.build_density(config, clocks.FLOW_RANGE, tokens=64)
 
 
 @pytest.mark.parametrize(

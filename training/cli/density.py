@@ -32,7 +32,7 @@ def density(
     as_json: Json = False,
 ) -> None:
     """Mean, quantiles and share of the style window of any law on any family's range."""
-    from ..densities import DensityConfig
+    from ..density_presets import DensityConfig
 
     config = DensityConfig(preset=preset, mu=mu, sigma=sigma, shift=shift, reference_tokens=reference_tokens)
     result = measure(config, family, tokens, below or [])
@@ -43,7 +43,8 @@ def measure(config: Any, family: str | None, tokens: int, below: list[float]) ->
     """The figures of a law (a DensityConfig). ``t`` is flow time, 1 = noise; shares are of draws."""
     import torch
 
-    from ..densities import mean_time, quantiles, share_below, style_window
+    from ..densities import mean_time, quantiles, share_below
+    from ..density_presets import style_window
     from ..noise import time_of_log_snr
 
     law = law_of(config, family, tokens)
@@ -67,7 +68,7 @@ def law_of(config: Any, family: str | None, tokens: int) -> Any:
     """The law on the family's range, or without a family on the whole line. ValueError for an unknown family."""
     import math
 
-    from ..densities import build_density
+    from ..density_presets import build_density
 
     whole = (-math.inf, math.inf)
     law: Any = build_density(config, whole if family is None else range_of(family), tokens)

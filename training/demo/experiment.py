@@ -15,7 +15,7 @@ from ..adapters.methods import AdapterConfig
 from ..data.encoding import encode
 from ..data.images import fit, load_picture
 from ..data.items import items_from_memory
-from ..densities import DensityConfig
+from ..density_presets import DensityConfig
 from ..embedded.oracle import load_oracle
 from ..embedded.renderer import HELD_OUT_STYLES, SIZE, SUBJECTS, render, scene_of
 from ..embedded.weights import Weights

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..densities import build_density
+from ..density_presets import build_density
 from ..embedded.renderer import SIZE, SUBJECTS
 from .experiment import FREE_WORD, LAWS, Experiment, LawResult
 from .figures import plot_curves, plot_densities, save_strip

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..adapters.methods import AdapterConfig
 from ..adapters.targets import TEXT_TARGETS
-from ..densities import DensityConfig, preset_density
+from ..density_presets import DensityConfig, preset_density
 from ..losses import LOSSES
 from ..weightings import WEIGHTINGS
 from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_rates

@@ -24,7 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 from ..adapters.attach import attached_to_parts
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
-from ..densities import Density, build_density, mean_time, sentence, stratified_uniform
+from ..densities import Density, mean_time, sentence, stratified_uniform
+from ..density_presets import build_density
 from ..formats.keys import UNET_LAYERS
 from ..formats.starting import Start
 from ..noise import gaussian

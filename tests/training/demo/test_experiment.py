@@ -17,7 +17,8 @@ from stylewright.training.demo.experiment import (
     write_results,
 )
 from stylewright.training.demo.scoring import Score
-from stylewright.training.densities import build_density, mean_time
+from stylewright.training.densities import mean_time
+from stylewright.training.density_presets import build_density
 from stylewright.training.embedded.renderer import HELD_OUT_STYLES, SIZE, SUBJECTS, Style
 from stylewright.training.embedded.vocabulary import FREE_WORDS
 

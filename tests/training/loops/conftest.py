@@ -6,7 +6,7 @@ from torch import nn
 
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset, Example
-from stylewright.training.densities import DensityConfig
+from stylewright.training.density_presets import DensityConfig
 from stylewright.training.loops.config import TrainConfig
 
 CHANNELS, HEIGHT, WIDTH, CONTEXT = 4, 6, 8, 5

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from stylewright.training.adapters.methods import AdapterConfig
-from stylewright.training.densities import DensityConfig
+from stylewright.training.density_presets import DensityConfig
 from stylewright.training.loops.config import TrainConfig, config_from_table, config_to_table
 
 

@@ -7,7 +7,8 @@ import torch
 
 from stylewright.training.adapters.attach import attached
 from stylewright.training.data.dataset import Dataset
-from stylewright.training.densities import build_density, stratified_uniform
+from stylewright.training.densities import stratified_uniform
+from stylewright.training.density_presets import build_density
 from stylewright.training.loops import train as loop
 from stylewright.training.losses import mse
 from stylewright.training.noise import add_noise, gaussian

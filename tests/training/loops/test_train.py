@@ -10,7 +10,8 @@ import torch
 from stylewright.training.adapters.attach import attached
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset
-from stylewright.training.densities import build_density, stratified_uniform
+from stylewright.training.densities import stratified_uniform
+from stylewright.training.density_presets import build_density
 from stylewright.training.errors import IncompatibleCheckpoint, NonFiniteLoss
 from stylewright.training.formats.contents import read_adapter
 from stylewright.training.formats.metadata import read_metadata
