@@ -1,7 +1,9 @@
-"""Laws of the noise level by name, and the law of a run: a preset with a user's changes, carried to a model's pictures."""
+"""Laws of the noise level by name, and the law of a run: a preset with changes, on a model and its pictures."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,14 @@ class DensityConfig:
     def stated_for(self, reference_tokens: int | None) -> "DensityConfig":
         """The law as stated for pictures of so many image tokens (None = for any number), unless it says itself."""
         return self if self.reference_tokens is not None else replace(self, reference_tokens=reference_tokens)
+
+
+def preset_name(config: Mapping[str, Any]) -> str:
+    """The preset of a configuration as files state it, with the fields of :class:`DensityConfig`; "" = changed."""
+    law, name = DENSITIES.get(config.get("preset", "")), config.get("preset", "")
+    own = {"mu": config.get("mu"), "sigma": config.get("sigma")}
+    changed = any(value is not None and value != getattr(law, each, None) for each, value in own.items())
+    return "" if law is None or changed else name
 
 
 def style_window(config: DensityConfig, tokens: int) -> float:

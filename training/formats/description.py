@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..densities import sentence
+from ..density_presets import preset_name
+from ..density_words import in_words
 from .adapters import AdapterReport, report_of
 from .contents import AdapterFile
 from .metadata import AdapterMetadata
@@ -46,7 +47,7 @@ def _words(report: AdapterReport) -> Iterator[str]:
 
 def _ours(about: AdapterMetadata) -> Iterator[str]:
     if "law" in about.density:
-        yield f"law: {sentence(dict(about.density))}"
+        yield f"noise levels: {in_words(about.density, preset_name(about.training.get('density', {})))}"
     facts = {
         "{} steps": about.steps,
         "on {} pictures": about.images,

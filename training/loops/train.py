@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +24,9 @@ from torch.nn.utils import clip_grad_norm_
 from ..adapters.attach import attached_to_parts
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
-from ..densities import Density, mean_time, sentence, stratified_uniform
-from ..density_presets import build_density
+from ..densities import Density, mean_time, stratified_uniform
+from ..density_presets import build_density, preset_name
+from ..density_words import in_words
 from ..formats.keys import UNET_LAYERS
 from ..formats.starting import Start
 from ..noise import gaussian
@@ -146,9 +147,8 @@ def train(
 def _law(denoiser: Denoiser, config: TrainConfig, tokens: int) -> Density:
     """The law of log_snr for pictures of so many image tokens, said in the log once."""
     density = build_density(config.density, denoiser.log_snr_range, tokens)
-    logger.info(
-        "noise levels at %d tokens: %s; mean time %.3f", tokens, sentence(density.describe()), mean_time(density)
-    )
+    words = in_words(density.describe(), preset_name(asdict(config.density)))
+    logger.info("noise levels: %s; at %d tokens, mean time %.3f", words, tokens, mean_time(density))
     return density
 
 

@@ -443,7 +443,7 @@ def test_samples_are_reported_and_written_as_pictures(run_to):
 def test_the_law_is_in_the_log(denoiser, dataset, make_config, caplog):
     caplog.set_level("INFO")
     train(denoiser, dataset, make_config(steps=1), run_dir=None)
-    assert "noise levels at 12 tokens" in caplog.text
+    assert "noise levels: " in caplog.text and "; at 12 tokens, mean time" in caplog.text
     assert "normal mu=-2 sigma=2" in caplog.text
 
 
