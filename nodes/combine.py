@@ -1,14 +1,17 @@
 """Several datasets in one: concepts with repeats, and pictures that keep the model from forgetting."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..training.data.concepts import BASE, PICTURES, PRIOR_SHARE, STYLE
+from ..training.data.concepts import BASE, PICTURES, PRIOR_SHARE, PRIOR_WEIGHT, STYLE, unused_prior
 from ..training.data.items import Item, preserving, without_style
 from .sockets import DATASET, StyleDataset
+
+logger = logging.getLogger(__name__)
 
 TARGETS = {"pictures": PICTURES, "base model": BASE}  # of prior preservation
 SOCKETS = 4
@@ -60,6 +63,9 @@ class CombineDatasetsNode(io.ComfyNode):
             added = preserving(_repeated(regularisation, 1, None), target, prior_weight)
         elif target == BASE:
             added = without_style(items, prior_weight)
+        note = "" if added else unused_prior(prior_weight, prior_share)
+        if note:
+            logger.warning("Combine Style Datasets: %s", note)
         datasets = [part for part, _ in parts] + ([regularisation] if regularisation else [])
         combined = StyleDataset(
             items=(*items, *added),
@@ -68,6 +74,7 @@ class CombineDatasetsNode(io.ComfyNode):
             resolution=dataset_1.resolution,
             answers=_answers(datasets),
             prior_share=_share([part for part, _ in parts], prior_share if added else None),
+            notes=tuple(dict.fromkeys([*(said for part in datasets for said in part.notes), *filter(None, [note])])),
         )
         return io.NodeOutput(combined, summary(combined))
 
@@ -108,7 +115,7 @@ def _preservation() -> list[io.Input]:
     return [
         io.Float.Input(
             "prior_weight",
-            default=1.0,
+            default=PRIOR_WEIGHT,
             min=0.001,
             max=1000.0,
             step=0.05,
@@ -174,4 +181,4 @@ def summary(dataset: StyleDataset) -> str:
         lines.append(f"{len(items)} pictures {what}, {sights} sights in a round")
     if any(role != STYLE for role, _ in counts):
         lines.append(f"{dataset.prior_share:.0%} of the samples preserve")
-    return "\n".join(lines)
+    return "\n".join([*lines, *dataset.notes])

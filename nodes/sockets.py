@@ -27,6 +27,7 @@ class StyleDataset:
     resolution: int  # pixels: sample pictures have about resolution² of them; items state their own sizes
     answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
     prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
+    notes: tuple[str, ...] = ()  # what a person should know of it, where it is made and where it is trained on
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             init_lora,
             answers=dataset.answers,
             prior_share=dataset.prior_share,
+            notes=dataset.notes,
         )
         trained = train_adapter(Sockets(model, clip, vae), job, address_of(cls.hidden))
         strips = draw_strips(trained.samples, config.sample_prompts, steps) if trained.samples else nothing_to_show()

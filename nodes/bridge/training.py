@@ -77,6 +77,7 @@ class Job:
     init_lora: dict | None = None  # an adapter to begin with
     answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
     prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
+    notes: Sequence[str] = ()  # of the dataset, for its person
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def train_adapter(sockets: Sockets, job: Job, address: Address | None = None) ->
 
 def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapter:
     config, resolution = job.config, job.config.resolution
+    for note in job.notes:
+        progress.noted(note)
     assert resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)

@@ -57,6 +57,22 @@ def test_the_base_model_is_preserved_on_the_style_s_own_pictures():
     assert {item.concept.role for item in combined(ink)[0].items} == {"style"}, "only where it is asked for"
 
 
+def test_a_weight_that_weighs_nothing_is_said(caplog):
+    made, text = combined(dataset(), prior_weight=0.5)
+    assert text.endswith(made.notes[0]) and "prior_weight = 0.5 changes nothing" in caplog.text
+    both, _ = combined(made, prior_weight=0.5, prior_share=0.25)
+    assert (
+        both.notes[0] == made.notes[0] and "prior_weight = 0.5 and prior_share = 0.25 change nothing" in both.notes[1]
+    )
+    others = dataset("none", 1, "plain")
+    for used in (
+        {},
+        {"regularisation": others, "prior_weight": 2.0},
+        {"prior_target": "base model", "prior_share": 0.1},
+    ):
+        assert combined(dataset(), **used)[0].notes == ()
+
+
 def test_datasets_chain():
     first, _ = combined(dataset("ink"), dataset("oil"))
     made, _ = combined(first, dataset("pastel"), regularisation=dataset("none", 1, "plain"))

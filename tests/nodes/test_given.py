@@ -200,6 +200,15 @@ def test_concepts_of_several_sizes_train_and_are_told_apart(embedded, loras):
     assert other[2] != made[2]
 
 
+def test_what_is_said_of_a_dataset_is_on_the_trainer_s_panel(embedded, loras, monkeypatch):
+    from stylewright.nodes.bridge.previews import TrainingProgress
+
+    noted = []
+    monkeypatch.setattr(TrainingProgress, "noted", lambda self, note: noted.append(note))
+    train(embedded, clip=embedded.clip, vae=embedded.vae, dataset=combine(dataset(pictures()), prior_weight=0.5))
+    assert "prior_weight = 0.5 changes nothing" in noted[0]
+
+
 def test_a_sample_prompt_that_names_one_of_several_styles_is_left_alone(embedded):
     from stylewright.nodes.bridge.training import Job, sample_prompts
     from stylewright.training.loops.config import TrainConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.concepts import PICTURES, PRIOR_SHARE, PRIORS, check_prior_share
+from ..data.concepts import PICTURES, PRIOR_SHARE, PRIOR_WEIGHT, PRIORS, check_prior_share
 from ..errors import IncompatibleCheckpoint
 from ..formats.state import write_atomically
 from ..loops.config import TrainConfig, config_from_table
@@ -47,7 +47,7 @@ class Job:
     more_resolutions: tuple[int, ...] = ()
     alpha_masks: bool = False
     regularisation: str | None = None  # as images
-    prior_weight: float = 1.0
+    prior_weight: float = PRIOR_WEIGHT
     prior_share: float = PRIOR_SHARE
     prior_target: str = PICTURES  # one of PRIORS
     device: str = "auto"

@@ -1,11 +1,14 @@
 """What the command line is given to learn from, as items: concepts, and what preserves."""
 
+import logging
 from dataclasses import replace
 
-from ..data.concepts import BASE, Concept
+from ..data.concepts import BASE, Concept, unused_prior
 from ..data.items import Item, preserving, read_folder, without_style
 from ..loops.config import TrainConfig
 from .job import Job, Pictures
+
+log = logging.getLogger(__name__)
 
 
 def items_of(job: Job, options: TrainConfig) -> list[Item]:
@@ -14,7 +17,11 @@ def items_of(job: Job, options: TrainConfig) -> list[Item]:
     if job.regularisation is not None:
         kept = read_folder(job.regularisation, concept=Concept(style_phrase="", caption_mode="plain"))
         return [*items, *preserving(kept, job.prior_target, job.prior_weight)]
-    return [*items, *without_style(items, job.prior_weight)] if job.prior_target == BASE else items
+    if job.prior_target == BASE:
+        return [*items, *without_style(items, job.prior_weight)]
+    if note := unused_prior(job.prior_weight, job.prior_share):
+        log.warning("%s", note)
+    return items
 
 
 def _read(job: Job, pictures: Pictures, style_phrase: str) -> list[Item]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 STYLE, PICTURES, BASE = "style", "pictures", "base"
 PRIORS = (PICTURES, BASE)
+PRIOR_WEIGHT = 1.0  # of their loss
 PRIOR_SHARE = 0.5  # of the samples, where there are pictures for prior preservation: DreamBooth's
 
 
@@ -32,6 +33,18 @@ class Concept:
             raise ValueError(f"The weight of pictures is {self.weight}, expected a positive number, such as 1")
         if self.orders < 1 or self.keep < 0:
             raise ValueError(f"Got {self.orders} orders of tags and {self.keep} to keep: expected 1 and 0 or more")
+
+
+def unused_prior(weight: float, share: float) -> str:
+    """What a person should know who set these where nothing is there to preserve with; "" = they are as ever."""
+    changed = {"prior_weight": (weight, PRIOR_WEIGHT), "prior_share": (share, PRIOR_SHARE)}
+    names = [f"{name} = {value:g}" for name, (value, usual) in changed.items() if value != usual]
+    if not names:
+        return ""
+    return (
+        f"{' and '.join(names)} change{'' if len(names) > 1 else 's'} nothing, for there is no regularisation: give "
+        "regularisation pictures, or let prior_target be the base model, which asks for none"
+    )
 
 
 def check_prior_share(share: float) -> None:

@@ -180,6 +180,11 @@ def test_the_second_interrupt_does_not_wait(capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_prior_that_nothing_is_there_for_is_said(workplace, capsys, caplog):
+    assert run(["train", *SMALL, "--steps", "1", "--prior-weight", "0.5"]) == 0
+    assert "prior_weight = 0.5 changes nothing" in caplog.text
+
+
 def test_concepts_regularisation_and_sizes_from_a_file(workplace, capsys):
     from PIL import Image
 
