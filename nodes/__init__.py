@@ -10,6 +10,7 @@ from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
 from .lora_loader import StyleLoRALoader
 from .lora_resize import StyleLoRAResize
+from .one_step import OneStepSampler, OneStepSamplerParts
 from .reference import ReferenceNode
 from .trainer import StyleFriendlySNRTrainer
 
@@ -22,6 +23,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     StyleFriendlySNRTrainer,
     StyleLoRALoader,
     StyleLoRAResize,
+    OneStepSampler,
+    OneStepSamplerParts,
 )
 
 
