@@ -114,6 +114,21 @@ def test_the_network_sees_unit_noise_in_every_way_of_counting(family, level, tin
     assert torch.isfinite(drawn["samples"]).all()
 
 
+def test_data_of_another_spread(tiny, tiny_prompt):
+    """Playground 2.5's: sigma_data is 0.5, and the network answers -v (arXiv 2206.00364, Eq. 7)."""
+    model, prompt, level = tiny("sdxl-edm"), tiny_prompt("sdxl-edm", 5), -1.0
+    alpha, sigma = (torch.sigmoid(torch.tensor(sign * level, dtype=torch.float64)).sqrt() for sign in (1, -1))
+    given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    z, start = noise_of(given), {"levels": str(level), "unit": "log_snr"}
+    for samples in (torch.zeros_like(given), given):
+        with calls_of(model) as calls:
+            drawn = one_step(model, prompt, {"samples": samples}, **start)["samples"]
+        x_t = z if not samples.any() else alpha * model.model.process_latent_in(given) / 0.5 + sigma * z
+        assert relative(calls[0].x, x_t) < EXACT
+        x0 = alpha * x_t + sigma * calls[0].prediction
+        assert relative(model.model.process_latent_in(drawn), 0.5 * x0) < EXACT
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart"])
 def test_the_stock_sampler_is_wrong_before_the_last_time(family, tiny, tiny_prompt):
     """It feeds sigma / sqrt(1 + sigma^2) of the noise; at the last time it is right, and ours is the same."""
