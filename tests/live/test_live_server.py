@@ -7,6 +7,7 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 OURS = {
+    "OneStepSampler", "OneStepSamplerParts",
     "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader",
     "StyleLoRAResize", "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip
