@@ -7,11 +7,10 @@ from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS
 from ..training.adapters.targets import TARGETS
-from ..training.loops.config import PRECISIONS
+from ..training.loops.config import AUTOMATIC_PRECISION, PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
 from ..training.losses import LOSSES
 from ..training.weightings import WEIGHTINGS
-from .bridge.precision import AUTOMATIC_PRECISION
 from .sockets import DATASET, DENSITY
 
 PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))

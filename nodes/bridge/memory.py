@@ -18,15 +18,14 @@ import torch
 
 from ...training.data.dataset import Dataset
 from ...training.denoiser import Conditioning
-from ...training.errors import TrainingError
 from ...training.hosts.host import Host
+from ...training.loops.attempts import cheaper_plan, told, twice
 from ...training.loops.config import TrainConfig
 from ...training.loops.plan import MARGIN, Budget, DoesNotFit, Plan, size
 from ...training.loops.planner import Planner
 from ...training.loops.saving import Saving
 from ...training.loops.survey import Survey
 from ...training.loops.train import TrainResult
-from ...training.memory import is_out_of_memory
 from .denoiser import ComfyDenoiser
 from .families import latents_per_token, smallest_side
 from .previews import TrainingProgress
@@ -90,33 +89,27 @@ def train_within_memory(
     """
     planner, plan, survey, budget = _planned(training, check)
 
-    def attempt(plan: Plan, room: float) -> TrainResult:
-        with training.session(room):
-            plan = planner.rehearse(plan, survey, budget)
-            _announce(training, plan)
+    def attempt(chosen: Plan) -> TrainResult:
+        factor = MARGIN if chosen is plan else RETRY_FACTOR
+        with training.session(factor * plan.beyond_the_model):
+            chosen = planner.rehearse(chosen, survey, budget)
+            _announce(training, chosen)
             before = _start_counting(training.model)
-            result = train(plan.saving)
-            _compare(training.model, plan, before)
+            result = train(chosen.saving)
+            _compare(training.model, chosen, before)
             return result
 
-    try:
-        return attempt(plan, MARGIN * plan.beyond_the_model)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = str(error).splitlines()[0]
-    cheaper = _after(plan, training, failure)
-    free_memory()
-    try:
-        return attempt(cheaper, RETRY_FACTOR * plan.beyond_the_model)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"there was not enough memory, with {plan.saving.describe(plan.blocks)} and then with "
-            f"{cheaper.saving.describe(plan.blocks)} ({failure}). A smaller batch_size, resolution or rank needs less; "
-            "what was trained so far is kept, and the run can be continued"
-        ) from error
+    def cheaper(failure: str) -> Plan:
+        device = training.model.load_device
+        found = cheaper_plan(
+            plan, training.host.denoiser.module, device, failure, may_stream=may_stream(training.model)
+        )
+        text = told(plan, found, failure)
+        logger.warning("%s", text)
+        training.progress.noted(text)
+        return found
+
+    return twice(plan, attempt, cheaper, free_memory)
 
 
 def _planned(training: Training, check: Callable[[], None]) -> tuple[Planner, Plan, Survey, Budget]:
@@ -158,27 +151,6 @@ def _announce(training: Training, plan: Plan) -> None:
         logger.warning("%s", plan.sentence())
     plan.to_file(training.folder / "plan.json")
     training.progress.planned(plan.sentence())
-
-
-def _after(plan: Plan, training: Training, failure: str) -> Plan:
-    """The plan of a second attempt, once memory has run out. Told on the node and in the log."""
-    saving = plan.saving.cheaper(training.host.denoiser.module)
-    if saving is not None and saving.offload and management.is_device_cpu(training.model.load_device):
-        saving = None
-    if saving is None and not may_stream(training.model):
-        raise TrainingError(
-            f"there was not enough memory with {plan.saving.describe(plan.blocks)}, and nothing is left to save "
-            f"({failure}). A smaller batch_size, resolution or rank needs less; what was trained so far is kept, and "
-            "the run can be continued"
-        )
-    cheaper = replace(plan, saving=saving or plan.saving)
-    text = (
-        f"memory ran out ({failure}) with {plan.saving.describe(plan.blocks)}; continues with "
-        f"{cheaper.saving.describe(plan.blocks)}"
-    )
-    logger.warning("%s", text)
-    training.progress.noted(text)
-    return cheaper
 
 
 def budget_of(model: Patcher) -> Budget:

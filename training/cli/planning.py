@@ -1,5 +1,7 @@
 """The plan of a run of ``stylewright train``: told on stderr, and kept in the run's folder."""
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +11,21 @@ if TYPE_CHECKING:
     from ..data.dataset import Dataset
     from ..hosts.host import Host
     from ..loops.config import TrainConfig
-    from ..loops.plan import Budget
+    from ..loops.plan import Budget, Plan
     from ..loops.saving import Saving
+    from ..loops.train import TrainResult
 
 
-def planned(host: "Host", dataset: "Dataset", options: "TrainConfig", folder: Path) -> "Saving":
-    """What is done to save memory. DoesNotFit where nothing would do, and the options leave it to the plan."""
+def train_within_memory(
+    host: "Host", dataset: "Dataset", options: "TrainConfig", folder: Path, train: Callable[["Saving"], "TrainResult"]
+) -> "TrainResult":
+    """Plans, and calls ``train`` with the plan's setting; where memory runs out, once more with the next cheaper one.
+
+    DoesNotFit where nothing would do, and the options leave it to the plan. TrainingError where both ran out.
+    """
+    import torch
+
+    from ..loops.attempts import cheaper_plan, told, twice
     from ..loops.plan import DoesNotFit
     from ..loops.planner import Planner
 
@@ -27,12 +38,31 @@ def planned(host: "Host", dataset: "Dataset", options: "TrainConfig", folder: Pa
         conditioning=host.training_conditioning,
     )
     budget = budget_of(host)
-    plan = planner.rehearse(*planner.survey(budget), budget)
-    plan.to_file(folder / "plan.json")
-    if not plan.fits and options.memory == "automatic":
-        raise DoesNotFit(f"{plan.sentence()}. (--memory 'as set' trains all the same.)")
-    typer.echo(f"stylewright: {plan.sentence()}", err=True)
-    return plan.saving
+    plan, survey = planner.survey(budget)
+
+    def attempt(plan: "Plan") -> "TrainResult":
+        plan = planner.rehearse(plan, survey, budget)
+        plan.to_file(folder / "plan.json")
+        if not plan.fits and options.memory == "automatic":
+            raise DoesNotFit(f"{plan.sentence()}. (--memory 'as set' trains all the same.)")
+        typer.echo(f"stylewright: {plan.sentence()}", err=True)
+        return train(plan.saving)
+
+    def cheaper(failure: str) -> "Plan":
+        found = cheaper_plan(plan, host.denoiser.module, torch.device(host.device), failure)
+        typer.echo(f"stylewright: {told(plan, found, failure)}", err=True)
+        return found
+
+    return twice(plan, attempt, cheaper, free_memory)
+
+
+def free_memory() -> None:
+    """Gives back what an attempt has left in caches and cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def budget_of(host: "Host") -> "Budget":

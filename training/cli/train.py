@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..loops.config import TrainConfig
+from ..loops.config import AUTOMATIC_PRECISION, TrainConfig, precision_on
 from .flags import flags_of, merge, with_flags
 from .job import HELP as JOB_HELP
 from .job import Job, folder_of, keep, located, read_toml, recall, split
 from .output import Json, show
-from .planning import planned
+from .planning import train_within_memory
 from .progress import Update, patient_interrupt, progress_bar
 
 if TYPE_CHECKING:
     from ..formats.starting import Start
     from ..hosts.host import Host
     from ..loops.events import Event
+    from ..loops.saving import Saving
     from ..loops.train import TrainResult
 
 HELP = {
@@ -37,7 +38,7 @@ HELP = {
     "loss": "mse, huber, …",
     "weighting": "Of the loss by noise level: none, min-snr-5, …",
     "offset_noise": "Standard deviation of a noise that is constant over the picture.",
-    "precision": "float32 or bfloat16; the adapter's weights are float32 in both.",
+    "precision": "float32, bfloat16, or automatic: bfloat16 on a GPU. The adapter's weights are float32 in all.",
     "gradient_checkpointing": "Less memory, about a third more time.",
     "memory": '"automatic": recompute only what does not fit, where recomputing is allowed; "as set": all or nothing.',
     "seed": "The same seed gives the same adapter.",
@@ -76,7 +77,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Learn the style of some pictures. Prints where the adapter is."""
-    job, options = split(merge(read_toml(config) if config else {}, given))
+    table = merge(read_toml(config) if config else {}, given)
+    if table.get("precision") == AUTOMATIC_PRECISION:
+        table["precision"] = precision_on(device_of(table.get("device", Job.device)))
+    job, options = split(table)
     job = located(job)
     run(job, options, folder_of(job), as_json)
 
@@ -167,29 +171,31 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
         progress=lambda done, total: update("reading", done, total),
     )
     keep(job, folder)
-    saving = planned(host, dataset, options, folder)
-    with patient_interrupt() as check:
 
-        def report(event: "Event") -> None:
-            update("training", event.step, event.steps, f"loss {event.loss:.4f}")
+    def report(event: "Event") -> None:
+        update("training", event.step, event.steps, f"loss {event.loss:.4f}")
 
-        return train_adapter(
-            host.denoiser,
-            dataset,
-            options,
-            run_dir=folder,
-            report=report,
-            check=check,
-            sample=sampler(host, options),
-            device=host.device,
-            latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,
-            conditioning=host.training_conditioning,
-            base_model=host.name,
-            unet_layers=host.unet_layers,
-            start=start,
-            saving=saving,
-            text_encoders=host.text_encoders,
-        )
+    def trains(saving: "Saving") -> "TrainResult":
+        with patient_interrupt() as check:
+            return train_adapter(
+                host.denoiser,
+                dataset,
+                options,
+                run_dir=folder,
+                report=report,
+                check=check,
+                sample=sampler(host, options),
+                device=host.device,
+                latents_per_token=(host.pixels_per_token // host.pixels_per_latent) ** 2,
+                conditioning=host.training_conditioning,
+                base_model=host.name,
+                unet_layers=host.unet_layers,
+                start=start,
+                saving=saving,
+                text_encoders=host.text_encoders,
+            )
+
+    return train_within_memory(host, dataset, options, folder, trains)
 
 
 def start_at(path: str | None, host: "Host", options: TrainConfig) -> "Start | None":

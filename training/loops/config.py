@@ -14,6 +14,9 @@ from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_rates
 from .tables import from_table, to_table
 
 PRECISIONS = ("float32", "bfloat16")
+AUTOMATIC_PRECISION = "automatic"  # what a person may state, and :func:`precision_on` answers
+# Devices with matrix products in bfloat16. A CPU has them seldom, and then for large products only.
+WITH_BFLOAT16 = ("cuda", "xpu")
 MEMORY = ("automatic", "as set")
 
 
@@ -104,3 +107,8 @@ _CHOICES = {
     "memory": MEMORY,
     "text_encoder_targets": TEXT_TARGETS,
 }
+
+
+def precision_on(device: str) -> str:
+    """The precision for a device, "cuda:0" or another of torch's, that its person leaves open."""
+    return "bfloat16" if device.partition(":")[0] in WITH_BFLOAT16 else "float32"
