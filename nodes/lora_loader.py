@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..training.data.captions import listed
-from .bridge.files import adapter_names, adapter_path
+from .lora_file_input import NO_FILE, file_fingerprint, file_input, stated
 from .lora_loader_inputs import ALL_LEVELS, GROUPS, strength_widgets, window_of
 from .sockets import LORA
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from .bridge.adapters import Applied
 
 logger = logging.getLogger(__name__)
-
-NO_FILE = "[from the lora input]"
 
 
 class StyleLoRALoader(io.ComfyNode):
@@ -34,12 +32,7 @@ class StyleLoRALoader(io.ComfyNode):
             search_aliases=["load lora", "style lora", "apply lora", "adapter", "dora", "lokr", "loha"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the adapter was trained on, or one of its family."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NO_FILE, *adapter_names()],
-                    default=NO_FILE,
-                    tooltip="A file in models/loras. Leave it at the first entry to use the lora input.",
-                ),
+                file_input(),
                 io.Float.Input(
                     "strength_model",
                     default=1.0,
@@ -76,11 +69,7 @@ class StyleLoRALoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = NO_FILE, **unused: object) -> object:
-        """A file is read again when it changes."""
-        if lora_name == NO_FILE:
-            return None
-        status = adapter_path(lora_name).stat()
-        return status.st_mtime_ns, status.st_size
+        return file_fingerprint(lora_name)
 
     @classmethod
     def execute(
@@ -109,7 +98,7 @@ class StyleLoRALoader(io.ComfyNode):
         from .bridge.previews import show_text
         from .bridge.windowed import sentence
 
-        adapter = chosen(None if lora_name == NO_FILE else lora_name, lora)
+        adapter = chosen(stated(lora_name), lora)
         sliders = dict(zip(GROUPS, (early, middle, late, attention, mlp), strict=True))
         groups = {group: strength for group, strength in sliders.items() if strength != 1} | read_strengths(
             group_strengths
@@ -123,7 +112,7 @@ class StyleLoRALoader(io.ComfyNode):
         acting = "\n".join([message, *([] if levels is None else [sentence(model, levels)])])
         info = f"{acting}\n{describe(adapter.file)}"
         # What a file is stands on the node since it was picked (web/adapters.js).
-        show_text(cls.hidden.unique_id, info if lora_name == NO_FILE else acting)
+        show_text(cls.hidden.unique_id, acting if stated(lora_name) else info)
         return io.NodeOutput(applied.model, applied.clip, adapter.style_phrase, info)
 
 

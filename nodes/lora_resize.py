@@ -4,8 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
-from .bridge.files import adapter_names, adapter_path
-from .lora_loader import NO_FILE
+from .lora_file_input import NO_FILE, file_fingerprint, file_input, stated
 from .sockets import LORA
 
 logger = logging.getLogger(__name__)
@@ -27,12 +26,7 @@ class StyleLoRAResize(io.ComfyNode):
             search_aliases=["resize lora", "lora rank", "svd", "shrink lora", "compress"],
             is_output_node=True,
             inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NO_FILE, *adapter_names()],
-                    default=NO_FILE,
-                    tooltip="A file in models/loras. Leave it at the first entry to use the lora input.",
-                ),
+                file_input(),
                 io.Combo.Input(
                     "by",
                     options=list(RULES),
@@ -73,11 +67,7 @@ class StyleLoRAResize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = NO_FILE, **unused: object) -> object:
-        """A file is read again when it changes."""
-        if lora_name == NO_FILE:
-            return None
-        status = adapter_path(lora_name).stat()
-        return status.st_mtime_ns, status.st_size
+        return file_fingerprint(lora_name)
 
     @classmethod
     def execute(
@@ -96,7 +86,7 @@ class StyleLoRAResize(io.ComfyNode):
         from .bridge.files import free_adapter_path, refresh_adapter_names
         from .bridge.previews import show_text
 
-        adapter = chosen(lora_name if lora_name != NO_FILE else None, lora)
+        adapter = chosen(stated(lora_name), lora)
         rule = RULES[by]
         cut = Cut(rule, {"rank": rank, "energy": energy, "ratio": ratio}[rule], most=rank)
         file, resized = resize_file(adapter.file, cut)
