@@ -48,8 +48,11 @@ def gradients(model, clip, *, autocast=False, **options):
         return found, prediction.detach().double()
 
 
-def reference(model, dense, clip, **options):
-    """The same in float64, by torch's own backward pass over a dense model with the numbers of this one."""
+def reference(model, dense, clip, *, at_values=False, **options):
+    """The same in float64, by torch's own backward pass over a dense model with the numbers of this one.
+
+    ``at_values``: with the outputs that this model's layers give for the same inputs, roundings of theirs included.
+    """
     from stylewright.nodes.bridge.frozen_layers import ComfyWeights
 
     cpu = torch.device("cpu")
@@ -61,10 +64,23 @@ def reference(model, dense, clip, **options):
                 state[f"{name}.weight"].copy_(numbers.weight)
                 if numbers.bias is not None:
                     state[f"{name}.bias"].copy_(numbers.bias)
+            if at_values:
+                wide.model.diffusion_model.get_submodule(name).register_forward_hook(_with_values_of(part))
         else:
             for key, tensor in part.named_parameters(recurse=False):
                 state[f"{name}.{key}" if name else key].copy_(tensor.float())
     return gradients(wide, clip, **options)
+
+
+def _with_values_of(layer):
+    """A hook on a linear layer: its output has the values of another's, and its own way back."""
+
+    def hook(module, inputs, output):
+        with torch.no_grad():
+            values = layer(inputs[0].float()).double()
+        return output + (values - output).detach()
+
+    return hook
 
 
 def distance(found, wanted):
