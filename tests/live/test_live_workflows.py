@@ -43,8 +43,55 @@ def test_the_checker_sees_what_is_wrong(server, repository):
     assert broken(lambda graph, node: node["inputs"][0].update(link=None))
     assert broken(lambda graph, node: node["outputs"][0].update(type="IMAGE"))
     assert broken(lambda graph, node: graph["links"][0].__setitem__(2, 2))
+    models = {"name": "x.safetensors", "url": "https://huggingface.co/a/b/x.safetensors", "directory": "vae"}
+    assert broken(lambda graph, node: node["properties"].update(models=[models]))
     inner = {"id": "inner", "nodes": [{"id": 1, "type": "NoSuchNode"}], "links": []}
     assert broken(lambda graph, node: graph.update(definitions={"subgraphs": [inner]}))
+
+
+def test_files_to_download_are_said(server, repository):
+    from workflow_api import problems
+
+    workflow = workflows(repository)["one_step_sdxl_dmd2.json"]
+    nodes = [node for node in workflow["nodes"] if "models" in node["properties"]]
+    assert [node["type"] for node in nodes] == ["CheckpointLoaderSimple", "LoraLoaderModelOnly"]
+    for node in nodes:
+        (model,) = node["properties"]["models"]
+        for change in ({"name": "other.safetensors"}, {"url": "https://example.com/x"}, {"directory": "folder"}):
+            node["properties"]["models"] = [model | change]
+            assert problems(workflow, server.info), change
+        node["properties"] = {}
+        assert problems(workflow, server.info), "a file that nobody has is a problem"
+        node["properties"]["models"] = [model]
+    assert problems(workflow, server.info) == []
+
+
+def test_the_one_step_workflow_runs_as_shipped(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["one_step.json"], server.info)
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    pictures = [image for output in result["outputs"].values() for image in output.get("images", [])]
+    assert len(pictures) == 8
+    samplers = {id: node["inputs"]["steps"] for id, node in prompt.items() if node["class_type"] == "OneStepSampler"}
+    for id, steps in samplers.items():
+        seen = [m["data"] for m in result["messages"] if m["type"] == "progress" and m["data"]["node"] == id]
+        assert (seen[-1]["value"], seen[-1]["max"]) == (steps, steps)
+    told = b"".join(message["data"] for message in result["messages"] if message["type"] == "binary")
+    assert told.count(b"custom: time 1 (sigma 1, log_snr -inf)") == 2, "the level is shown on both nodes"
+
+
+def test_a_model_that_is_none_of_the_presets_is_refused_in_words(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["one_step.json"], server.info)
+    for node in prompt.values():
+        if node["class_type"] == "OneStepSampler":
+            node["inputs"] |= {"preset": "SDXL-Turbo", "steps": 0}
+    result = server.run(prompt)
+    (error,) = (message["data"] for message in result["messages"] if message["type"] == "execution_error")
+    assert "SDXL-Turbo is sdxl, and this model is FluxSchnell. Presets for it: FLUX.1-schnell" in error["exception_message"]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 AFTER_SEED = {"fixed", "increment", "decrement", "randomize"}
 FRONT_END_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 NEVER, BYPASS = 2, 4  # modes of a node
+MODEL_FOLDERS = ("checkpoints", "clip_vision", "controlnet", "diffusion_models", "loras", "text_encoders", "vae")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,12 @@ def _node_problems(node: dict, schema: dict) -> list[str]:
         values = widget_values(node, schema)
     except AssertionError as error:
         return [*found, str(error)]
+    models = node.get("properties", {}).get("models", [])
+    found += [f"{name}: {problem}" for model in models for problem in _model_problems(model, values)]
+    to_download = {model.get("name") for model in models}
     for spec in specs.values():
         if spec.is_widget:
-            if spec.name not in linked:
+            if spec.name not in linked and not (spec.choices is not None and values[spec.name] in to_download):
                 found += [f"{name}: {problem}" for problem in _value_problems(spec, values[spec.name])]
         elif spec.required and spec.name not in linked:
             found.append(f"{name}: {spec.name} is not linked")
@@ -110,6 +114,17 @@ def _value_problems(spec: Input, value: Any) -> list[str]:
     if (low is not None and value < low) or (high is not None and value > high):
         return [f"{spec.name}={value!r} is not within {low} to {high}"]
     return []
+
+
+def _model_problems(model: dict, values: dict[str, Any]) -> list[str]:
+    """Of a file that the front end offers to download for a node."""
+    name, url = model.get("name", ""), model.get("url", "")
+    found = [f"the model {name!r} is none of its values"] if name not in values.values() else []
+    if not (url.startswith("https://huggingface.co/") and url.endswith(f"/{name}")):
+        found.append(f"the model {name!r} has no address on huggingface.co: {url!r}")
+    if model.get("directory") not in MODEL_FOLDERS:
+        found.append(f"the model {name!r} belongs in {model.get('directory')!r}, which is none of {MODEL_FOLDERS}")
+    return found
 
 
 @dataclass(frozen=True)
