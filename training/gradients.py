@@ -124,6 +124,8 @@ def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage:
             return forward(*args, **kwargs)
         values = (*args, *kwargs.values())
         device = next((value.new_empty(0) for value in values if isinstance(value, Tensor)), None)
+        # ComfyUI writes into one dictionary, which all blocks get, which of them is computed.
+        values = tuple(dict(value) if type(value) is dict else value for value in values)
         values = map(garage.park, values) if garage else values
         # torch reads from a tensor among the arguments which device's generator it has to put back.
         return recompute_later(on_copies, tuple(kwargs), device, *values, use_reentrant=False)

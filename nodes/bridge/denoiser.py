@@ -20,7 +20,7 @@ from ...training.denoiser import Conditioning
 from ...training.predictions import convert
 from .families import family_of, is_film, is_mean_flow
 from .kept_conds import KeptConds
-from .kernels import OVERRIDE, Attention
+from .kernels import OVERRIDE, PATCHES, Attention, Patch
 from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
 
@@ -119,4 +119,9 @@ def transformer_options(model: comfy.model_patcher.ModelPatcher) -> dict:
     chosen = options["transformer_options"]
     if OVERRIDE in chosen:
         chosen[OVERRIDE] = Attention(chosen[OVERRIDE])
+    if PATCHES in chosen:
+        chosen[PATCHES] = {
+            place: [Patch(patch) if callable(patch) else patch for patch in patches]
+            for place, patches in chosen[PATCHES].items()
+        }
     return chosen

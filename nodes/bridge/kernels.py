@@ -31,6 +31,10 @@ PLAIN = (rope, *(module for name, module in sys.modules.items() if name == "comf
 DIFFERENTIABLE = ("attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch", "attention_xformers")
 CHOSEN = ("optimized_attention", "optimized_attention_masked")
 OVERRIDE = "optimized_attention_override"  # transformer option of nodes that choose another
+PATCHES = "patches"  # transformer option of nodes that change what blocks pass on
+
+# Products keep their factors for the backward pass.
+PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "true_divide", "divide")
 
 # Blocks that overwrite, later on, what parts of theirs keep of their input: class -> names of these.
 OVERWRITTEN = {
@@ -113,6 +117,28 @@ class Attention:
             logger.warning("a node before chose an attention that has no backward pass: trained with ComfyUI's own")
             self._ends_gradients = True
         return attention(q, k, v, *args, **kwargs)
+
+
+class Patch:
+    """Another node's patch of what a block passes on, which may overwrite what its own products keep (FreeU V2)."""
+
+    def __init__(self, patch: Callable) -> None:
+        self._patch = patch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._patch(*args, **kwargs)
+        with _ProductsOfCopies():
+            return self._patch(*args, **kwargs)
+
+
+class _ProductsOfCopies(TorchFunctionMode):
+    """What is multiplied may be overwritten afterwards: the product has kept a copy."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in PRODUCTS:
+            args = tuple(arg.clone() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args)
+        return func(*args, **(kwargs or {}))
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

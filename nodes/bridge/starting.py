@@ -1,11 +1,15 @@
 """What a run begins with, where that is another adapter, and models that no run can begin on."""
 
 import comfy.model_patcher
+import torch
+from torch import Tensor
 
 from ...training.adapters.methods import AdapterConfig
+from ...training.data.dataset import Dataset
 from ...training.formats.adapters import loaded_from
 from ...training.formats.keys import FAMILIES
 from ...training.formats.starting import Start, start_of
+from ...training.hosts.host import Host
 from .adapters import refuse_foreign, refuse_non_finite, weights_of, with_origin
 from .families import family_of
 from .windowed import windowed_adapters
@@ -33,3 +37,32 @@ def refuse_windowed(model: comfy.model_patcher.ModelPatcher) -> None:
             "an adapter on this model acts at some noise levels only, and training on top of it is not supported: "
             "link the model from before it, or let that adapter act at all noise levels"
         )
+
+
+@torch.no_grad()
+def try_once(host: Host, dataset: Dataset) -> None:
+    """Runs the model once. ValueError where it does not take what the text encoder and the VAE give, or draws lots."""
+    example = dataset.examples[0]
+    conditioning = {**example.conditioning, **host.training_conditioning}
+    conditioning = {name: tensor.to(host.device) for name, tensor in conditioning.items()}
+    before = _generators(host.device)
+    try:
+        host.denoiser(example.latent[None].to(host.device), torch.zeros(1, device=host.device), conditioning)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{host.name} cannot be run on what this text encoder and VAE give ({error}): connect the CLIP and the VAE "
+            "that belong to the model"
+        ) from error
+    if any(not torch.equal(now, then) for now, then in zip(_generators(host.device), before, strict=True)):
+        raise ValueError(
+            "a node before draws random numbers whenever the model runs, as token merging and HyperTile do. "
+            "Gradients would be of other numbers than the loss: link the model from before that node"
+        )
+
+
+def _generators(device: torch.device | str) -> list[Tensor]:
+    """The states of torch's global generators, of the CPU and of the device."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if torch.device(device).type == "cuda" else states

@@ -46,7 +46,7 @@ from .resuming import AUTOMATIC
 from .runs import ENCODED, Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
-from .starting import refuse_windowed, start_from
+from .starting import refuse_windowed, start_from, try_once
 from .text_encoders import describe, resident, trainable_text_encoders
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
 
         with _published_if_stopped(run, config.steps):
             training = Training(model, sockets.clip, host, dataset, config, run.folder, progress)
-            result = train_within_memory(training, lambda: _try(host, dataset), trains)
+            result = train_within_memory(training, lambda: try_once(host, dataset), trains)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
     clear_states(job.keep_checkpoints)
@@ -290,23 +290,6 @@ def _draw(painter: Painter, vae: comfy.sd.VAE, step: int) -> Tensor | None:
         return painter(step)
     finally:
         leave_device(vae.patcher)
-
-
-@torch.no_grad()
-def _try(host: Host, dataset: Dataset) -> None:
-    """Runs the model once. ValueError where it does not take what the text encoder and the VAE give."""
-    example = dataset.examples[0]
-    conditioning = {**example.conditioning, **host.training_conditioning}
-    conditioning = {name: tensor.to(host.device) for name, tensor in conditioning.items()}
-    try:
-        host.denoiser(example.latent[None].to(host.device), torch.zeros(1, device=host.device), conditioning)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{host.name} cannot be run on what this text encoder and VAE give ({error}): connect the CLIP and the VAE "
-            "that belong to the model"
-        ) from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import comfy.cli_args
+import comfy.model_management
 import folder_paths
 import nodes
 import pytest
@@ -81,3 +82,25 @@ def test_gradients_pass_through_the_scale_of_inputs(load):
     found = proof.gradients(load())
     assert found.slope == pytest.approx(found.difference, rel=1e-3)
     assert found.slope == pytest.approx(found.checkpointed, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float8", "scaled float8", "nvfp4 with AWQ", "GGUF"], indirect=True)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_weights_that_are_streamed_train_the_same_adapter(share, kind, load, tmp_path, monkeypatch):
+    """As with --novram and --lowvram, which ComfyUI does not take together with --cpu: none of the model is loaded, or
+    a part."""
+    expected = proof.train(load(), tmp_path / "loaded")
+    parts, load_into = load(), comfy.model_management.LoadedModel.model_load
+    monkeypatch.setattr(
+        comfy.model_management.LoadedModel,
+        "model_load",
+        lambda self, room, **options: load_into(self, max(0.1, share * self.model_memory()), **options),
+    )
+    streamed, before = set(), memory(parts.model)[1]
+    parts.model.model.diffusion_model.register_forward_pre_hook(
+        lambda *args: streamed.add(1 - parts.model.loaded_size() / parts.model.model_size())
+    )
+    found = proof.train(parts, tmp_path / "streamed")
+    assert min(streamed) > (0 if share else 0.9)  # ComfyUI loads more when it is asked again
+    assert proof.same_content(found, expected)
+    assert all(torch.equal(now, before[key]) for key, now in memory(parts.model)[1].items())

@@ -233,6 +233,37 @@ def test_blocks_that_are_recomputed_keep_their_input_and_the_others_everything()
     assert sizes[0] - sizes[4] == stored_bytes(4, False) - stored_bytes(4, True) > 12 * stream
 
 
+class ToldBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, options):
+        return torch.tanh(self.inside(x)) * (1 + options["block"])
+
+
+class Told(nn.Module):
+    """Its blocks are told by one dictionary which of them is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(ToldBlock() for _ in range(3))
+
+    def forward(self, x):
+        options = {}
+        for options["block"], block in enumerate(self.blocks):
+            x = block(x, options)
+        return x
+
+
+def test_a_block_is_told_the_same_when_it_is_recomputed():
+    found, network, x = [], Told().double(), torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    for recompute in (False, True):
+        with differentiable(network, checkpoint=recompute):
+            found += torch.autograd.grad(network(x).square().sum(), x)
+    assert torch.equal(*found)
+
+
 def test_outputs_do_not_change_while_nothing_is_differentiated():
     net = Net()
     with torch.no_grad():
