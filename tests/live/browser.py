@@ -56,7 +56,8 @@ async def opened(url: str) -> AsyncIterator[Page]:
     """A page of a browser of its own."""
     import aiohttp
 
-    with tempfile.TemporaryDirectory(prefix="stylewright-browser-") as profile:
+    # Chromium's own processes may write to it a little longer than the one that was ended.
+    with tempfile.TemporaryDirectory(prefix="stylewright-browser-", ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += [f"--user-data-dir={profile}", "--remote-debugging-port=0", "--window-size=1600,1200", "about:blank"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -91,7 +91,8 @@ def test_a_model_that_is_none_of_the_presets_is_refused_in_words(server, reposit
             node["inputs"] |= {"preset": "SDXL-Turbo", "steps": 0}
     result = server.run(prompt)
     (error,) = (message["data"] for message in result["messages"] if message["type"] == "execution_error")
-    assert "SDXL-Turbo is sdxl, and this model is FluxSchnell. Presets for it: FLUX.1-schnell" in error["exception_message"]
+    expected = "SDXL-Turbo is sdxl, and this model is FluxSchnell. Presets for it: FLUX.1-schnell"
+    assert expected in error["exception_message"]
 
 
 @pytest.fixture(scope="module")
