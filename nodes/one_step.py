@@ -4,7 +4,7 @@ import logging
 
 from comfy_api.latest import io
 
-from .bridge.one_step import check_conditionings, draw, fitting_latent, in_float32
+from .bridge.one_step import check_conditionings, draw, fitting_latent, in_float32, is_picture
 from .bridge.one_step_plan import Wishes, plan, sized_latent
 from .bridge.previews import show_text
 from .one_step_inputs import level_widgets
@@ -55,7 +55,7 @@ class OneStepSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="1 = no guidance and no second pass, as distilled models want it.",
+                    tooltip="1 = no guidance and no second pass, as distilled models want it (diffusers calls that 0).",
                 ),
                 io.Int.Input(
                     "width",
@@ -96,7 +96,7 @@ class OneStepSampler(io.ComfyNode):
         made = plan(model, Wishes(preset, steps, levels, unit, denoise, between_steps, start))
         begun = fitting_latent(model, latent) if latent else sized_latent(model, made, width, height, batch_size)
         notes = []
-        if latent and not made.visible and begun["samples"].any() and "noise_mask" not in begun:
+        if latent and not made.visible and "noise_mask" not in begun and is_picture(begun):
             notes.append("hardly anything of the given picture is left at this level: lower denoise")
         if made.float32:
             model = in_float32(model)

@@ -25,6 +25,8 @@ from ...training.one_step import FRESH, UNIT, Answer, first_input, generate, inp
 from .noise_levels import NoiseLevels
 from .one_step_levels import check_sigmas, levels_to_draw
 
+TEXT_WIDTHS = ("context_dim", "context_in_dim", "caption_channels")  # as configurations of families call it
+
 
 class OneStep(comfy.samplers.Sampler):
     """One evaluation of the model for each sigma but the last, which is 0.
@@ -111,7 +113,7 @@ def masked_answer(
 
     def answer(x_t: Tensor, log_snr: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = told[log_snr[0].item()].expand(len(x_t))
+        sigma = told[log_snr[0].item()].repeat(len(x_t))
         return masked(levels.comfy_input(x_t, log_snr), sigma, **arguments).float() / levels.data_scale
 
     return inpainting(answer, levels.process, latent / levels.data_scale, noise, mask) if by_us else answer
@@ -127,21 +129,29 @@ def draw(
     sampler: OneStep,
     sigmas: Tensor,
 ) -> dict:
-    """The LATENT that SamplerCustomAdvanced makes of these with a CFGGuider, and RandomNoise of ``seed``."""
+    """The LATENT that SamplerCustomAdvanced makes of these with a CFGGuider, and RandomNoise of ``seed``.
+
+    ValueError for a conditioning of another model's text encoder.
+    """
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
     guider.set_cfg(cfg)
     samples = latent["samples"]
-    drawn = guider.sample(
-        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
-        samples,
-        sampler,
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    try:
+        drawn = guider.sample(
+            comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+            samples,
+            sampler,
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    except RuntimeError as error:
+        if reason := mismatch(model, positive):
+            raise ValueError(reason) from error
+        raise
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return kept | {"samples": drawn.to(comfy.model_management.intermediate_device())}
 
@@ -185,9 +195,30 @@ def fitting_latent(model: comfy.model_patcher.ModelPatcher, latent: dict) -> dic
     return latent | {"samples": fix(model, samples, **{name: latent.get(name) for name in ratios})}
 
 
+def is_picture(latent: dict) -> bool:
+    """Whether a LATENT has something in it."""
+    samples = latent["samples"]
+    return any(bool(torch.count_nonzero(part)) for part in (samples.unbind() if samples.is_nested else [samples]))
+
+
 def widths(conditioning: list) -> set[int]:
     """Of the text encodings of a CONDITIONING."""
     return {entry[0].shape[-1] for entry in conditioning if entry[0] is not None}
+
+
+def mismatch(model: comfy.model_patcher.ModelPatcher, positive: list) -> str | None:
+    """Why a model failed, where its prompt was encoded by another model's text encoder.
+
+    Asked only after a failure, for there are nodes that give a model encodings of another width on purpose.
+    """
+    config = model.model.model_config.unet_config
+    wanted = next((config[name] for name in TEXT_WIDTHS if config.get(name)), None)
+    if wanted is None or widths(positive) <= {wanted}:
+        return None
+    return (
+        f"the model failed on this positive: its encoding is {sorted(widths(positive))[0]} wide, this model's text "
+        f"encoder gives {wanted}. Encode the prompt with the CLIP that belongs to the model"
+    )
 
 
 def check_conditionings(positive: list, negative: list | None, cfg: float) -> None:
@@ -197,7 +228,10 @@ def check_conditionings(positive: list, negative: list | None, cfg: float) -> No
     if not math.isfinite(cfg):
         raise ValueError(f"cfg is {cfg}: expected a number; 1 is none, and what distilled models are made for")
     if cfg != 1 and not negative:
-        raise ValueError(f"cfg is {cfg:g}, and there is no negative: link one, or set cfg to 1, which needs none")
+        raise ValueError(
+            f"cfg is {cfg:g}, and there is no negative: link one, or set cfg to 1, which needs none and is "
+            "what diffusers calls a guidance scale of 0"
+        )
     if negative and widths(positive) and widths(negative) and widths(positive) != widths(negative):
         raise ValueError(
             f"positive and negative come from different text encoders: their encodings are {sorted(widths(positive))} "
