@@ -53,7 +53,8 @@ async def pick(page, id, name):
 async def saved(page):
     """The first node as it is saved; it may be higher afterwards."""
     node = json.loads(await page.evaluate(f"JSON.stringify({APP}.graph.serialize().nodes.find(({{id}}) => id == 1))"))
-    return {**node, "size": node["size"][0], "order": None}
+    # Vue's layout hands places back a little rounded.
+    return {**node, "size": round(node["size"][0]), "pos": [round(each) for each in node["pos"]], "order": None}
 
 
 async def look(browser, server, modern):

@@ -94,6 +94,22 @@ def test_what_a_function_counts_and_keeps_while_it_is_used_does_not(kind):
     assert traits(patch) == before == traits(KINDS[kind](0.5))
 
 
+def test_a_variable_that_a_function_assigns_is_no_part_of_it_however_often_it_ran_before():
+    def made(strength):
+        calls = 0
+
+        def patch(x):
+            nonlocal calls
+            calls += 1
+            return x * strength
+
+        return patch
+
+    used = made(0.5)
+    used(1)
+    assert traits(used) == traits(made(0.5)) != traits(made(0.6))
+
+
 def test_names_tell_functions_apart():
     assert traits(closure(0.5)) != traits(with_default(0.5))
     assert traits(torch.nn.functional.silu) != traits(torch.nn.functional.gelu)
