@@ -47,8 +47,8 @@ def level_widgets() -> list[io.Input]:
             options=[OF_PRESET, *BETWEEN],
             default=OF_PRESET,
             advanced=True,
-            tooltip="How a picture is noised for the next step: with new noise, as consistency models are, or with the "
-            "noise that the last step implies, as DDIM and Euler do. With custom: fresh.",
+            tooltip="How a picture is noised for the next step: with new noise, as of consistency models; with what "
+            "the last step implies, as DDIM and Euler do; or, ancestral, with some of both. With custom: fresh.",
         ),
         io.Combo.Input(
             "start",

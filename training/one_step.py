@@ -1,7 +1,7 @@
 """From noise to data in one evaluation of a distilled generator, or in a few.
 
 A one-step generator is a network f that learned to answer pure noise z at one fixed time of its teacher's clock
-(SwiftBrush, arXiv 2312.05239, Eq. 8; DMD2, arXiv 2405.14867, section 4.5). With f = a * x0 + b * eps that is
+(SwiftBrush, arXiv 2312.05239; DMD2, arXiv 2405.14867). With f = a * x0 + b * eps that is
 
     x_t = z,    x0 = (b * z - sigma * f(z, t)) / (alpha * b - sigma * a)
 
@@ -12,8 +12,10 @@ A few steps noise the answer again, at the next level:
 
     x_t' = alpha' * x0 + sigma' * (g * fresh + sqrt(1 - g^2) * eps),    eps = (x_t - alpha * x0) / sigma
 
-with g = 1 for consistency models (arXiv 2303.01469, Algorithm 1), LCM, DMD2 and the Turbo models, and g = 0, which is
-DDIM's step and Euler's of a flow, for those that were distilled along their teacher's path (Lightning, FLUX.1-schnell).
+``fresh``      g = 1: consistency models (arXiv 2303.01469, Algorithm 1), LCM, DMD2;
+``ancestral``  g^2 = 1 - SNR / SNR', the posterior of the process (DDPM's step, Euler ancestral): the Turbo models;
+``implied``    g = 0, DDIM's step and Euler's of a flow: those that were distilled along their teacher's path
+               (Lightning, FLUX.1-schnell).
 
 From a given picture the first input is what the process makes of it, x_t = alpha * given + sigma * z.
 """
@@ -33,7 +35,7 @@ Answer = Callable[[Tensor, Tensor], Tensor]
 """x0 (b, ...) for x_t (b, ...) at log_snr (b,): a generator with its conditioning."""
 
 UNIT, SCALED = "unit", "scaled"
-FRESH, IMPLIED = 1.0, 0.0
+FRESH, ANCESTRAL, IMPLIED = "fresh", "ancestral", "implied"
 
 
 def x0_of(prediction: str, pred: Tensor, process: str, x_t: Tensor, log_snr: Tensor) -> Tensor:
@@ -72,17 +74,21 @@ def renoised(
     next_log_snr: Tensor,
     fresh: Tensor,
     *,
-    freshness: float = FRESH,
+    between: str = FRESH,
 ) -> Tensor:
     """The next input (b, ...): x0 noised to ``next_log_snr`` (b,).
 
-    ``freshness`` g in [0, 1] is the share of ``fresh`` unit noise, the rest being the noise that x_t and x0 imply.
+    ``between`` says how much of the noise is ``fresh`` unit noise (b, ...), and how much x_t and x0 imply. ValueError
+    for an unknown one.
     """
-    if freshness == FRESH:
+    if between not in SHARES:
+        raise ValueError(f"Unknown noise between steps {between!r}: expected one of {', '.join(SHARES)}.")
+    if between == FRESH:  # without what is implied, which need not be finite
         return add_noise(process, x0, fresh, next_log_snr)
     alpha, sigma = (expand(part, x_t) for part in alpha_sigma(process, log_snr))
     implied = (wide(x_t) - alpha * wide(x0)) / sigma
-    eps = freshness * wide(fresh) + math.sqrt(1 - freshness**2) * implied
+    share = expand(SHARES[between](log_snr, next_log_snr), x_t)
+    eps = share.sqrt() * wide(fresh) + (1 - share).sqrt() * implied
     return add_noise(process, x0, eps, next_log_snr)
 
 
@@ -107,7 +113,7 @@ def generate(
     process: str,
     log_snrs: Tensor,
     seed: int = 0,
-    freshness: float = FRESH,
+    between: str = FRESH,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Data (b, ...) in one evaluation for each of the ``log_snrs`` (steps,), which increase.
@@ -125,7 +131,7 @@ def generate(
         if step + 1 < len(log_snrs):
             fresh = fresh_noise(noise, seed, step + 1)
             next_log_snr = log_snrs[step + 1].expand(len(x_t))
-            x_t = renoised(process, x_t, x0, log_snr, next_log_snr, fresh, freshness=freshness)
+            x_t = renoised(process, x_t, x0, log_snr, next_log_snr, fresh, between=between)
     return x0
 
 
@@ -161,3 +167,11 @@ def check_levels(log_snrs: Tensor) -> None:
             f"Got noise levels of log_snr {log_snrs.tolist()}: expected them to increase, from noise (low) to data "
             "(high)."
         )
+
+
+# g^2 for the log_snr (b,) of a step and of the next.
+SHARES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    FRESH: lambda log_snr, next_log_snr: torch.ones_like(log_snr),
+    ANCESTRAL: lambda log_snr, next_log_snr: -torch.expm1(log_snr - next_log_snr),
+    IMPLIED: lambda log_snr, next_log_snr: torch.zeros_like(log_snr),
+}

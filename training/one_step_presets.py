@@ -6,7 +6,7 @@ Times count the teacher's 1000, 0 = data; of flows the level is sigma, 1 = noise
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .one_step import FRESH, IMPLIED, SCALED, UNIT
+from .one_step import ANCESTRAL, FRESH, IMPLIED, SCALED, UNIT
 
 TIMES = 1000  # of every teacher here
 LCM_TIMES = tuple(range(999, -1, -20))  # the 50 that consistency distillation uses, noisiest first
@@ -17,6 +17,11 @@ Levels = Callable[[int], tuple[float, ...]]
 def trailing(steps: int) -> tuple[float, ...]:
     """Times evenly spaced back from the last: 999; 999, 499; … (arXiv 2305.08891, "trailing")."""
     return tuple(round(TIMES - TIMES / steps * step) - 1 for step in range(steps))
+
+
+def every_hundredth(steps: int) -> tuple[float, ...]:
+    """The last times of ten: 999, 899, 799, 699."""
+    return tuple(float(TIMES - 1 - 100 * step) for step in range(steps))
 
 
 def consistency(steps: int) -> tuple[float, ...]:
@@ -53,7 +58,7 @@ class OneStepPreset:
     levels: Levels  # times, or sigmas of a flow, for a number of steps
     steps: tuple[int, ...]  # that it may be run with, its usual number first
     side: int  # of its pictures, in pixels
-    freshness: float = FRESH
+    between: str = FRESH
     start: str = UNIT
     source: str = ""
 
@@ -65,12 +70,12 @@ class OneStepPreset:
 
 ONE_STEP_PRESETS = {
     "SDXL-Turbo": OneStepPreset(
-        ("sdxl",), "eps", trailing, (1, 2, 3, 4), 512,
-        source="arXiv 2311.17042; stabilityai/sdxl-turbo, scheduler_config.json",
+        ("sdxl",), "eps", every_hundredth, (1, 2, 3, 4), 512, ANCESTRAL,
+        source="arXiv 2311.17042; Stability-AI/generative-models, turbo.py; ComfyUI, SDTurboScheduler",
     ),
     "SD-Turbo": OneStepPreset(
-        ("sd21",), "eps", trailing, (1, 2, 3, 4), 512,
-        source="arXiv 2311.17042; stabilityai/sd-turbo, scheduler_config.json",
+        ("sd21",), "eps", every_hundredth, (1, 2, 3, 4), 512, ANCESTRAL,
+        source="arXiv 2311.17042; Stability-AI/generative-models, turbo.py; ComfyUI, SDTurboScheduler",
     ),
     "SwiftBrush, PG-SB (SD)": OneStepPreset(
         ("sd15", "sd21"), "eps", only(999), (1,), 512,
@@ -81,7 +86,7 @@ ONE_STEP_PRESETS = {
         ("sdxl",), "eps", only(399), (1,), 1024, source="arXiv 2405.14867; tianweiy/DMD2, README: timesteps=[399]"
     ),
     "DMD2 SDXL, 4 steps": OneStepPreset(
-        ("sdxl",), "eps", only(999, 749, 499, 249), (4,), 1024, source="arXiv 2405.14867, section 4.4; tianweiy/DMD2"
+        ("sdxl",), "eps", only(999, 749, 499, 249), (4,), 1024, source="arXiv 2405.14867; tianweiy/DMD2"
     ),
     "DMD, DMD2 (SD1.5)": OneStepPreset(
         ("sd15",), "eps", only(999), (1,), 512, source="arXiv 2311.18828, 2405.14867; tianweiy/DMD2"

@@ -36,9 +36,9 @@ class OneStep(comfy.samplers.Sampler):
     or from the latent, too; the rest is kept, and shown to the model noised.
     """
 
-    def __init__(self, *, freshness: float = FRESH, start: str = UNIT, anew: bool = True) -> None:
-        """``freshness`` and ``start`` as in :mod:`...training.one_step`."""
-        self.freshness, self.start, self.anew = freshness, start, anew
+    def __init__(self, *, between: str = FRESH, start: str = UNIT, anew: bool = True) -> None:
+        """``between`` and ``start`` as in :mod:`...training.one_step`."""
+        self.between, self.start, self.anew = between, start, anew
 
     def sample(
         self,
@@ -82,7 +82,7 @@ class OneStep(comfy.samplers.Sampler):
             process=levels.process,
             log_snrs=log_snrs,
             seed=extra_args.get("seed") or 0,
-            freshness=self.freshness,
+            between=self.between,
             callback=after,
         )
         return x0 * levels.data_scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...training.noise import alpha_sigma
-from ...training.one_step import FRESH, IMPLIED, SCALED, UNIT, amplification
+from ...training.one_step import ANCESTRAL, FRESH, IMPLIED, SCALED, UNIT, amplification
 from ...training.one_step_presets import ONE_STEP_PRESETS, OneStepPreset
 from .families import family_of, is_guidance_distilled, model_name
 from .noise_levels import NoiseLevels
@@ -17,7 +17,8 @@ from .one_step_levels import describe, levels_to_draw, partly, schedule, sigma_o
 
 CUSTOM = "custom"
 OF_PRESET = "as the preset says"
-BETWEEN = {"fresh noise": FRESH, "implied noise": IMPLIED}
+BETWEEN = {"fresh noise": FRESH, "ancestral noise": ANCESTRAL, "implied noise": IMPLIED}
+AGAIN = {FRESH: "freshly", ANCESTRAL: "in part freshly", IMPLIED: "with the noise it implies"}
 STARTS = {"unit noise": UNIT, "sigma x noise": SCALED}
 SIDES = {"sd15": 512, "sd21": 512}  # of pictures, where a preset is for several families
 ROUNDED = 50.0  # times that an error of the prediction counts, from where half precision is seen
@@ -64,7 +65,7 @@ def plan(model: comfy.model_patcher.ModelPatcher, wishes: Wishes) -> Plan:
             "the levels do not go from noise to data: expected times and sigmas that decrease, or log_snr that increase"
         )
     sampler = OneStep(
-        freshness=BETWEEN.get(wishes.between, preset.freshness if preset else FRESH),
+        between=BETWEEN.get(wishes.between, preset.between if preset else FRESH),
         start=STARTS.get(wishes.start, preset.start if preset else UNIT),
         anew=wishes.denoise == 1,
     )
@@ -160,5 +161,5 @@ def text_of(sampling: object, levels: NoiseLevels, wishes: Wishes, sigmas: list[
     text = f"{wishes.preset}: " + ", ".join(describe(sampling, levels, sigma) for sigma in sigmas)
     text += ", from unit noise" if sampler.start == UNIT else ", from sigma x noise"
     if len(sigmas) > 1:
-        text += ", each noised again " + ("freshly" if sampler.freshness == FRESH else "with the noise it implies")
+        text += ", each noised again " + AGAIN[sampler.between]
     return text

@@ -147,7 +147,11 @@ def test_the_stock_sampler_is_wrong_before_the_last_time(family, tiny, tiny_prom
             assert relative(theirs, ours) > 0.05
 
 
-def test_a_few_steps_are_the_stock_lcm_sampler_with_our_noise(tiny, tiny_prompt):
+@pytest.mark.parametrize(
+    ("preset", "steps", "stock_sampler"),
+    [("DMD2 SDXL, 4 steps", 0, "sample_lcm"), ("SDXL-Turbo", 4, "sample_euler_ancestral")],
+)
+def test_a_few_steps_are_stock_samplers_with_our_noise(preset, steps, stock_sampler, tiny, tiny_prompt):
     """From the last time, where the stock sampler begins right."""
     import comfy.k_diffusion.sampling
     import comfy.samplers
@@ -155,17 +159,25 @@ def test_a_few_steps_are_the_stock_lcm_sampler_with_our_noise(tiny, tiny_prompt)
     from stylewright.training.one_step import fresh_noise
 
     model, latent, prompt = tiny("sdxl"), empty("sdxl", 2), tiny_prompt("sdxl", 5)
-    sampler, sigmas, text = parts(model, preset="DMD2 SDXL, 4 steps")
-    assert "time 249" in text and "freshly" in text and len(sigmas) == 5
-    z, steps = noise_of(latent["samples"]), iter((1, 2, 3))
+    sampler, sigmas, text = parts(model, preset=preset, steps=steps)
+    assert "freshly" in text and len(sigmas) == 5
+    z, draws = noise_of(latent["samples"]), iter((1, 2, 3))
 
-    def lcm(x_model, x, sigmas, extra_args=None, callback=None, disable=None):
-        return comfy.k_diffusion.sampling.sample_lcm(
-            x_model, x, sigmas, extra_args, callback, disable, noise_sampler=lambda *_: fresh_noise(z, 3, next(steps))
-        )
+    def theirs(*args, **kwargs):
+        noise = {"noise_sampler": lambda *_: fresh_noise(z, 3, next(draws))}
+        return getattr(comfy.k_diffusion.sampling, stock_sampler)(*args, **kwargs, **noise)
 
-    expected = stock(model, prompt, latent["samples"], comfy.samplers.KSAMPLER(lcm), sigmas)
+    expected = stock(model, prompt, latent["samples"], comfy.samplers.KSAMPLER(theirs), sigmas)
     assert relative(stock(model, prompt, latent["samples"], sampler, sigmas), expected) < EXACT
+
+
+def test_turbo_models_have_the_levels_of_their_own_scheduler(tiny):
+    from comfy_extras.nodes_custom_sampler import SDTurboScheduler
+
+    model = tiny("sdxl")
+    for steps in (1, 2, 4):
+        theirs = SDTurboScheduler.execute(model, steps, 1.0).args[0]
+        torch.testing.assert_close(parts(model, preset="SDXL-Turbo", steps=steps)[1], theirs)
 
 
 @pytest.mark.parametrize(

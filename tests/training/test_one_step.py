@@ -61,33 +61,86 @@ def test_without_fresh_noise_it_is_ddim(process):
     denoiser, z = GaussianDenoiser(MEAN, STD, process, "eps"), draw()
     spread = sampling.initial(process, torch.ones(()), LEVELS[0])  # where a sampler begins; a generator at 1
     answer = one_step.answer_of(denoiser, {})
-    found = one_step.generate(answer, z * spread, z, process=process, log_snrs=LEVELS, freshness=one_step.IMPLIED)
+    found = one_step.generate(answer, z * spread, z, process=process, log_snrs=LEVELS, between=one_step.IMPLIED)
     reference = sampling.sample(denoiser, z, {}, log_snrs=torch.cat([LEVELS, torch.tensor([math.inf])]))
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("freshness", [1.0, 0.6])
-def test_a_few_steps_noise_the_answer_again(freshness):
+@pytest.mark.parametrize("between", one_step.SHARES)
+@pytest.mark.parametrize("process", noise.PROCESSES)
+def test_a_few_steps_noise_the_answer_again(process, between):
     z, seen = draw(), []
-    answer = one_step.answer_of(GaussianDenoiser(MEAN, STD, "vp", "v"), {})
+    answer = one_step.answer_of(GaussianDenoiser(MEAN, STD, process, "v"), {})
     found = one_step.generate(
-        answer, z, z, process="vp", log_snrs=LEVELS, seed=7, freshness=freshness,
+        answer, z, z, process=process, log_snrs=LEVELS, seed=7, between=between,
         callback=lambda *state: seen.append(state),
     )  # fmt: skip
     x_t = z.double()
     for step, level in enumerate(LEVELS.tolist()):
-        x0 = expected(x_t, level, "vp")
+        x0 = expected(x_t, level, process)
         torch.testing.assert_close(seen[step][1].double(), x_t, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(seen[step][2].double(), x0, rtol=1e-4, atol=1e-4)
         if step < 3:
             (alpha, sigma), (a, s) = (
-                ALPHA_SIGMA["vp"](torch.tensor(each, dtype=torch.float64)) for each in (level, LEVELS[step + 1].item())
+                ALPHA_SIGMA[process](torch.tensor(each, dtype=torch.float64))
+                for each in (level, LEVELS[step + 1].item())
             )
-            eps = freshness * one_step.fresh_noise(z, 7, step + 1).double()
-            eps = eps + (1 - freshness**2) ** 0.5 * (x_t - alpha * x0) / sigma
+            new = {"fresh": 1.0, "ancestral": 1 - (s * alpha / (a * sigma)) ** 2, "implied": 0.0}[between]
+            eps = new**0.5 * one_step.fresh_noise(z, 7, step + 1).double()
+            eps = eps + (1 - new) ** 0.5 * (x_t - alpha * x0) / sigma
             x_t = a * x0 + s * eps
     torch.testing.assert_close(found, seen[-1][2])
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+
+
+def test_an_unknown_noise_between_steps():
+    z = draw()
+    with pytest.raises(ValueError, match="expected one of fresh, ancestral, implied"):
+        one_step.generate(lambda x_t, log_snr: x_t, z, z, process="vp", log_snrs=LEVELS, between="loud")
+
+
+CHAINS = {"LCMScheduler": one_step.FRESH, "EulerAncestralDiscreteScheduler": one_step.ANCESTRAL}
+CHAINS |= {"DDIMScheduler": one_step.IMPLIED}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of tables of torch, inside diffusers
+@pytest.mark.parametrize("kind", CHAINS)
+def test_chains_of_steps_are_those_of_diffusers(kind, monkeypatch):
+    """DMD2's and LCM's, the Turbo models', Lightning's and Hyper-SD's, with our fresh noise."""
+    import diffusers
+    from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
+
+    table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    times, z, ancestral = [999, 749, 499, 249], draw(4), kind.startswith("Euler")
+
+    def network(x_t, time):  # any function of both
+        return torch.tanh(x_t * 1.3 + time / 500) + x_t.roll(1, -1) / 3
+
+    if kind == "LCMScheduler":
+        scheduler = diffusers.LCMScheduler(**table, clip_sample=False)
+        scheduler.set_timesteps(timesteps=times)
+    else:
+        clip = {} if ancestral else {"clip_sample": False}
+        scheduler = getattr(diffusers, kind)(**table, **clip, timestep_spacing="trailing")
+        scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == times
+    steps = iter((1, 2, 3, 4))
+    for module in (scheduling_lcm, scheduling_euler_ancestral_discrete):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: one_step.fresh_noise(z, 7, next(steps)))
+    x_t = z * (scheduler.sigmas[0] ** 2 + 1).sqrt() if ancestral else z
+    for time in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x_t, time)
+        x_t = scheduler.step(network(seen, int(time)), time, x_t).prev_sample
+
+    clock = clocks.DiscreteClock(clocks.scaled_linear_alphas())
+
+    def answer(x_t, log_snr):
+        time = round(float(clock.time_of(log_snr)[0]))
+        return one_step.x0_of("eps", network(x_t, time), "vp", x_t, log_snr)
+
+    levels = clock.log_snr_of(torch.tensor(times))
+    found = one_step.generate(answer, z, z, process="vp", log_snrs=levels, seed=7, between=CHAINS[kind])
+    assert (found - x_t).norm() < 1e-5 * x_t.norm()
 
 
 def test_fresh_noise_belongs_to_its_sample():

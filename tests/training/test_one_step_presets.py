@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stylewright.training.one_step import FRESH, IMPLIED, SCALED
+from stylewright.training.one_step import ANCESTRAL, FRESH, IMPLIED, SCALED
 from stylewright.training.one_step_presets import ONE_STEP_PRESETS, consistency, trailing
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -53,8 +53,13 @@ def test_what_the_sources_say():
     assert first["Hyper-SDXL, 1-step UNet"] == (800,)
     assert first["SiD-LSG (SD)"] == (625,) and ONE_STEP_PRESETS["SiD-LSG (SD)"].start == SCALED
     assert ONE_STEP_PRESETS["SDXL-Lightning, 1 step"].prediction == "x0"
-    deterministic = {name for name, preset in ONE_STEP_PRESETS.items() if preset.freshness == IMPLIED}
+    deterministic = {name for name, preset in ONE_STEP_PRESETS.items() if preset.between == IMPLIED}
     assert deterministic == {
         "Hyper-SD, 2 to 8-step LoRAs", "SDXL-Lightning, 2 to 8 steps", "FLUX.1-schnell", "SD3.5-Turbo",
     }  # fmt: skip
-    assert all(preset.freshness in (FRESH, IMPLIED) for preset in ONE_STEP_PRESETS.values())
+    assert {name for name, preset in ONE_STEP_PRESETS.items() if preset.between == ANCESTRAL} == {
+        "SDXL-Turbo",
+        "SD-Turbo",
+    }
+    assert ONE_STEP_PRESETS["SDXL-Turbo"].levels(4) == (999, 899, 799, 699)
+    assert ONE_STEP_PRESETS["DMD2 SDXL, 4 steps"].between == FRESH
