@@ -1,12 +1,13 @@
 """What is lost when training in ComfyUI is cancelled or killed, at random moments, many times.
 
-    python benchmarks/interruptions.py --out trials --cancels 100 --server-cancels 100 --kills 50
+    python benchmarks/interruptions.py --out trials --cancels 100 --server-cancels 100 --kills 50 --write-kills 25
 
-Three kinds of trials, on the embedded model, with ComfyUI's own Python:
+Four kinds of trials, on the embedded model, with ComfyUI's own Python:
 
 - *cancel*: in this process, ComfyUI's interrupt is set by another thread;
 - *server cancel*: ``/interrupt`` of a real server;
-- *kill*: SIGKILL of a real server, which is then started again.
+- *kill*: SIGKILL of a real server, which is then started again;
+- *write kill*: the same, once a file is half written.
 
 A run is stopped, queued again and goes on, is stopped again, up to six times, and then ends by itself. Its adapter, its
 losses and its learner's state are then compared bit for bit with those of a run that was never stopped. After every
@@ -15,12 +16,13 @@ was reported), the model without adapter answers as before, and nothing half wri
 run has ended).
 
 The moments of a server's run are six points drawn evenly over its steps, in their order. The run that was never stopped
-tells between which of the node's reports a point lies, and what share of the time between them it is: at so many
-seconds after that report the run is stopped, in the midst of a step, a sample picture or a checkpoint. Before the
+tells between which of the node's reports a point lies, and what share of the time between them it is: so many seconds
+after that report the run is stopped, in the midst of a step, a sample picture or a checkpoint. Before the
 first report everything is encoded, measured, and drawn a first time. A point that the run has passed already means the
 same time of a continued run: from its beginning to its first report. Kills have a piece more, from the last report to
-the node's end, in which the adapter is published; an interrupt that comes then is too late to be one. In this process
-a moment is drawn evenly over the seconds of what is left.
+the node's end, in which the adapter is published; an interrupt that comes then is too late to be one. A write kill
+comes with the first temporary file that is seen after its moment. In this process a moment is drawn evenly over the
+seconds of what is left.
 
 Each finished run is a line of ``interruptions.jsonl``, so that the script goes on where it stopped; ``--report`` prints
 the table of what is there.
@@ -54,8 +56,9 @@ from interrupted_runs import (
 )
 from live_server import Moment, Server
 
-CANCEL, SERVER, KILL = "cancel", "server cancel", "kill"
+CANCEL, SERVER, KILL, WRITE = "cancel", "server cancel", "kill", "write kill"
 CHAIN = 6  # stops of one run at most
+LONGEST_WAIT = 5  # seconds for a file to be written; there may be none any more
 
 
 def trials(bench: Bench, kind: str, wanted: int) -> Iterator[tuple[int, random.Random]]:
@@ -134,12 +137,14 @@ def server_trials(kind: str, bench: Bench, wanted: int) -> None:
     server = Server(bench.base, bench.log)
     try:
         picture = base_picture(bench, server)
-        pace, straight = straight_run(bench, server)
+        if kind == SERVER:  # it goes on working, and what it does again is faster than the first time
+            straight_run(bench, server, "first")
+        pace, straight = straight_run(bench, server, "straight")
         for seed, draw in trials(bench, kind, wanted):
             name = f"run{seed}"
             bench.forget(name)
             stops: list[Stop] = []
-            end = STEPS + 1 if kind == KILL else STEPS
+            end = STEPS if kind == SERVER else STEPS + 1
             for point in [*sorted(draw.uniform(0, end) for _ in range(CHAIN)), None]:
                 at = None if point is None else moment(point, bench.stored(name), pace)
                 stop = stopped(kind, bench, server, name, at)
@@ -147,7 +152,7 @@ def server_trials(kind: str, bench: Bench, wanted: int) -> None:
                     break
                 stop.unchanged = base_picture(bench, server) == picture
                 stops.append(stop)
-            if kind == KILL:
+            if kind != SERVER:
                 for stop in stops:
                     stop.clean = not bench.leftovers()
             bench.write(kind, seed, stops, bench.end_of(name) == straight)
@@ -157,13 +162,14 @@ def server_trials(kind: str, bench: Bench, wanted: int) -> None:
 
 def stopped(kind: str, bench: Bench, server: Server, name: str, at: Moment | None) -> Stop | None:
     """Trains until the moment, and has a server again. None where the run ended before."""
-    before, act = bench.stored(name), server.kill if kind == KILL else server.interrupt
+    before = bench.stored(name)
+    act = {SERVER: server.interrupt, KILL: server.kill, WRITE: partial(kill_in_a_write, bench, server)}[kind]
     heard = server.run(job(server, name), TRAINER, steps=STEPS, at=at, act=act)
     if heard.acted is None or (kind == SERVER and heard.outcome == "success"):
         require_success(heard)
         return None
     stored, torn, due = bench.stored(name), bool(bench.leftovers()), heard.step
-    if kind == KILL:
+    if kind != SERVER:
         server.start()
         due = heard.step if heard.step == STEPS else heard.step // SAVE_EVERY * SAVE_EVERY
     elif heard.outcome != "interrupted":
@@ -172,17 +178,24 @@ def stopped(kind: str, bench: Bench, server: Server, name: str, at: Moment | Non
     return Stop(after, latency, heard.step, stored, stored >= max(before, due), not torn, unchanged=False, torn=torn)
 
 
+def kill_in_a_write(bench: Bench, server: Server) -> None:
+    until = time.monotonic() + LONGEST_WAIT
+    while not bench.leftovers() and time.monotonic() < until:
+        pass
+    server.kill()
+
+
 Pace = list[tuple[int, float]]  # (step, seconds since the node began) of each report, and (STEPS + 1, …) as it ends
 
 
-def straight_run(bench: Bench, server: Server) -> tuple[Pace, Any]:
+def straight_run(bench: Bench, server: Server, name: str) -> tuple[Pace, Any]:
     """The pace of a run that is never stopped, and what it leaves."""
-    bench.forget("straight")
-    heard = server.run(job(server, "straight"), TRAINER, steps=STEPS)
+    bench.forget(name)
+    heard = server.run(job(server, name), TRAINER, steps=STEPS)
     require_success(heard)
     began = heard.reports[0][1]
     pace = [(step, seconds - began) for step, seconds in (*heard.reports, (STEPS + 1, heard.ended))]
-    return pace, bench.end_of("straight")
+    return pace, bench.end_of(name)
 
 
 def moment(point: float, done: int, pace: Pace) -> Moment:
@@ -201,7 +214,7 @@ def moment(point: float, done: int, pace: Pace) -> Moment:
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """A table of all trials, and one of their moments."""
     found, moments = [FOUND], [("kind", *MOMENTS, "in the writing of a file")]
-    for kind in (CANCEL, SERVER, KILL):
+    for kind in PARTS:
         runs = [line for line in lines if line["kind"] == kind]
         stops = [stop for run in runs for stop in run["stops"]]
         if not stops:
@@ -211,8 +224,8 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
         checks = [[run["equal"] for run in runs]]
         checks += [[stop[check] for stop in stops] for check in ("kept", "unchanged", "clean")]
         counts = [f"{sum(passed)} of {len(passed)}" for passed in checks]
-        found.append((kind, len(runs), len(stops), *(["-"] * 3 if kind == KILL else shown), *counts))
-        torn = sum(stop["torn"] for stop in stops) if kind == KILL else "-"
+        found.append((kind, len(runs), len(stops), *(["-"] * 3 if kind in (KILL, WRITE) else shown), *counts))
+        torn = sum(stop["torn"] for stop in stops) if kind in (KILL, WRITE) else "-"
         reported = [sum(stop["reported"] in steps for stop in stops) for steps in MOMENTS.values()]
         moments.append((kind, *reported, torn))
     return f"{table(found)}\n\n{table(moments)}"
@@ -239,13 +252,14 @@ PARTS: dict[str, Callable[[Bench, int], None]] = {
     CANCEL: cancels,
     SERVER: partial(server_trials, SERVER),
     KILL: partial(server_trials, KILL),
+    WRITE: partial(server_trials, WRITE),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("interruptions"), help="folder of the trials")
-    for kind, default in ((CANCEL, 100), (SERVER, 100), (KILL, 50)):
+    for kind, default in ((CANCEL, 100), (SERVER, 100), (KILL, 50), (WRITE, 25)):
         parser.add_argument(f"--{kind.replace(' ', '-')}s", type=int, default=default, help=f"stops by {kind}")
     parser.add_argument("--report", action="store_true", help="print the table of what is there, and stop")
     given = parser.parse_args()
