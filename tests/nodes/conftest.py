@@ -8,7 +8,15 @@ import pytest
 import torch
 
 # Importable without a folder on sys.path.
-NAMES = ("stored_models", "stored_steps", "training_runs", "tiny_models", "stored_files", "one_step_runs")
+NAMES = (
+    "stored_models",
+    "stored_steps",
+    "training_runs",
+    "tiny_models",
+    "stored_files",
+    "one_step_runs",
+    "negative_proof",
+)
 for name in NAMES:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     sys.modules[name] = importlib.util.module_from_spec(spec)

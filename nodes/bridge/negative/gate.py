@@ -1,0 +1,208 @@
+"""Whether a call of a model is given the negative prompts, and what is known of them inside of it.
+
+A gate wraps every call (APPLY_MODEL) of one clone. What it knows of a call travels in the transformer options of that
+call, and what it knows of a run of a sampler (OUTER_SAMPLE) ends with the run, however it ends. Modules hold nothing.
+"""
+
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor
+
+from ....training.attention_guidance import AttentionGuidance, Tokens
+from ....training.windows import Window
+from ..families import latents_per_token
+from ..noise_levels import levels_of
+from .conds import Encoded, Negatives, weighted
+
+KEY = "stylewright.negative"
+POSITIVE = 0  # of ``cond_or_uncond``, where nothing else tells
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of ``apply_model``."""
+
+    x: Tensor
+    t: Tensor
+    c_concat: Tensor | None
+    text: Tensor | None  # c_crossattn
+    control: Any
+    options: Mapping[str, Any]  # transformer_options
+    rest: Mapping[str, Any]  # y, guidance, attention_mask, …
+
+    def with_options(self, **options: Any) -> "Inputs":
+        return replace(self, options={**self.options, **options})
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a model that is given negative prompts."""
+
+    guidance: AttentionGuidance  # with the scale of this noise level
+    negatives: tuple[Encoded, ...]  # those that count at it; their weights add up to 1
+    layers: Collection[int] | None  # that act, counted from the input; None = all
+    positive: frozenset | None  # ids of the positive prompts; None = unknown
+    kept: dict[Any, list[Tokens]] | None  # negative keys and values by layer, for this run; None = none are kept
+
+    def acts_in(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+    def guided(self, options: Mapping[str, Any]) -> list[bool]:
+        """Of each equal part of the batch, as the options have it: whether it is of a positive prompt."""
+        parts, ids = options.get("cond_or_uncond") or [POSITIVE], options.get("uuids") or []
+        if self.positive and len(ids) == len(parts):
+            return [each in self.positive for each in ids]
+        return [each == POSITIVE for each in parts]
+
+
+Run = Callable[[Callable[[Inputs], Tensor], Inputs, Call], Tensor]
+
+
+@dataclass
+class _Sampling:
+    """What is known for one run of a sampler."""
+
+    positive: frozenset | None = None
+    encoded: dict[Any, list] = field(default_factory=dict)  # by device and size of the latents
+    kept: dict[Any, dict[Any, list[Tokens]]] = field(default_factory=dict)  # by which negatives count
+
+
+class Gate:
+    """Decides for every call, and hands those on that are to be given negative prompts."""
+
+    def __init__(
+        self,
+        negatives: Negatives,
+        guidance: AttentionGuidance,
+        window: Window | None,
+        layers: Collection[int] | None,
+    ) -> None:
+        self.key = f"{KEY}/{uuid.uuid4()}"  # of this gate's call, in transformer options
+        self._negatives, self._guidance, self._window, self._layers = negatives, guidance, window, layers
+        self._sampling: _Sampling | None = None
+        self._inside: ContextVar[bool] = ContextVar(self.key, default=False)
+        self._per_token = 1
+        self._run: Run | None = None
+
+    def open(self, model: comfy.model_patcher.ModelPatcher, run: Run) -> None:
+        """Puts the gate on a clone. ``run`` makes a call with negative prompts, by the function that it is given."""
+        self._run, self._per_token = run, latents_per_token(model) ** 2
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._sample)
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self._apply)
+
+    def _sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        before, self._sampling = self._sampling, _Sampling(_positive(executor.class_obj))
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self._sampling = before
+
+    def _apply(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] = {},
+        **rest: Any,
+    ) -> Tensor:
+        def go(inputs: Inputs) -> Tensor:
+            return executor(
+                inputs.x, inputs.t, inputs.c_concat, inputs.text, inputs.control, inputs.options, **inputs.rest
+            )
+
+        inputs = Inputs(x, t, c_concat, c_crossattn, control, transformer_options, rest)
+        call = None if self._inside.get() else self._call(executor.class_obj, inputs)
+        if call is None:
+            return go(inputs)
+        assert self._run is not None, "the gate was opened"
+        inside = self._inside.set(True)
+        try:
+            return self._run(go, inputs.with_options(**{self.key: call}), call)
+        finally:
+            self._inside.reset(inside)
+
+    def _call(self, model: Any, inputs: Inputs) -> Call | None:
+        """None where the model is to answer as it would without us."""
+        strength = self._strength(model, inputs)
+        negatives = self._counting(model, inputs) if strength else ()
+        sampling = self._sampling
+        call = Call(
+            replace(self._guidance, scale=self._guidance.scale * strength) if strength != 1 else self._guidance,
+            weighted(negatives),
+            self._layers,
+            sampling.positive if sampling else None,
+            None,
+        )
+        if not call.negatives or not any(call.guided(inputs.options)):
+            return None
+        _check_widths(call.negatives, inputs.text)
+        if sampling is None or not _weights_stay(model, inputs.options):
+            return call
+        which = (inputs.x.device, *(id(each.conds) for each in call.negatives))
+        return replace(call, kept=sampling.kept.setdefault(which, {}))
+
+    def _strength(self, model: Any, inputs: Inputs) -> float:
+        if self._window is None:
+            return 1.0
+        size = max(1, inputs.x.shape[-1] * inputs.x.shape[-2] // self._per_token)
+        levels = levels_of(model.model_sampling).log_snr(inputs.t)
+        strengths = set(self._window.carried(size).strength(levels).tolist())  # waits for the device, once a call
+        if len(strengths) > 1:
+            raise ValueError(
+                "the rows of a batch have different noise levels, and the window of the negative prompt holds some of "
+                "them: sample with one noise level at a time"
+            )
+        return strengths.pop()
+
+    def _counting(self, model: Any, inputs: Inputs) -> list[Encoded]:
+        """The negatives whose range this noise level is in."""
+        found, x = self._sampling.encoded if self._sampling else {}, inputs.x
+        size = (x.device, x.shape[1:])
+        if size not in found:
+            found[size] = self._negatives.encode(model, x)
+        if all(start is None and end is None for _, start, end in found[size]):
+            return [each for each, _, _ in found[size]]
+        sigma = float(inputs.t[0])  # as ComfyUI asks for ranges of conditioning
+        return [
+            each
+            for each, start, end in found[size]
+            if (start is None or sigma <= start) and (end is None or sigma >= end)
+        ]
+
+
+def _positive(guider: Any) -> frozenset | None:
+    """Ids of a guider's positive prompts. Their place in a batch does not tell: DualCFGGuider's first is negative."""
+    conds = guider.conds.get("positive") if guider is not None else None
+    return frozenset(cond["uuid"] for cond in conds) if conds else None
+
+
+def _weights_stay(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a layer is the same in every call of a run: no hooks, no other function that may change it."""
+    wrappers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    patcher = model.current_patcher
+    return (
+        not torch.is_grad_enabled()
+        and all(str(key).startswith(KEY) for key in wrappers)
+        and patcher is not None
+        and not patcher.hook_patches
+        and not patcher.object_patches
+    )
+
+
+def _check_widths(negatives: tuple[Encoded, ...], text: Tensor | None) -> None:
+    for each in negatives:
+        if text is not None and each.text.shape[-1] != text.shape[-1]:
+            raise ValueError(
+                f"the negative prompt is encoded {each.text.shape[-1]} wide and the positive one "
+                f"{text.shape[-1]}: encode both with the text encoder of this model"
+            )
