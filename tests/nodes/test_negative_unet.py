@@ -12,6 +12,7 @@ METHODS = ("nasa", "nag", "vsf")
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_against_float64(family, method, tiny, tiny_prompt):
     from negative_proof import draw, guidance, reference_unet
+
     from stylewright.nodes.bridge.negative import apply
 
     model, positive, negative = tiny(family), tiny_prompt(family, 5, 1), tiny_prompt(family, 7, 2)

@@ -8,15 +8,21 @@ import comfy.model_patcher
 from ....training.attention_guidance import AttentionGuidance
 from ....training.windows import Window
 from ..noise_levels import noise_levels
-from . import unet
+from . import pixart, separate, unet
 from .conds import negatives_of
 from .gate import Gate
 from .joint import JOINT
 
 # Class of a diffusion model -> attach(model, negatives, guidance, gate). A class counts for what derives from it,
-# unless that has a line of its own.
+# unless that has a line of its own; None = none of ComfyUI's hooks reaches it.
 ATTACH: dict[str, Any] = {
     "UNetModel": unet.attach,
+    "PixArtMS": pixart.attach,
+    "WanModel": separate.attach_to(separate.WAN),
+    "GeneralDIT": separate.attach_to(separate.COSMOS),
+    "MiniTrainDIT": separate.attach_to(separate.COSMOS_PREDICT2),
+    "LTXVModel": separate.attach_to(separate.LTX),
+    "LTXAVModel": None,  # two texts, which are mixed with each other before the layers see them
     **JOINT,
 }
 
@@ -48,9 +54,9 @@ def apply(
 def _attach_of(model: comfy.model_patcher.ModelPatcher) -> Any:
     kinds = [kind.__name__ for kind in type(model.model.diffusion_model).__mro__]
     known = [kind for kind in kinds if kind in ATTACH]
-    if not known:
+    if not known or ATTACH[known[0]] is None:
         raise Unsupported(
             f"{kinds[0]}: no hook of ComfyUI reaches this model's attention to text, so a negative prompt would do "
-            f"nothing. It works on {', '.join(ATTACH)}"
+            f"nothing. It works on {', '.join(name for name, attach in ATTACH.items() if attach)}"
         )
     return ATTACH[known[0]]

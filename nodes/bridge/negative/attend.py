@@ -12,8 +12,8 @@ from torch import Tensor
 from ....training.attention_guidance import AttentionGuidance, Tokens
 from .gate import Call
 
-# An attention as ComfyUI's hooks have it: q (b, n, c), k, v (b, m, c) or with heads, options -> (b, n, c).
-Attention = Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]
+# Of a query (b, n, c) or (b, heads, n, d), tokens alike, and transformer options: an answer (b, n, c).
+Attention = Callable[[Tensor, Tokens, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,18 @@ def append(call: Call, layer: Any, text: Tensor) -> Tensor:
     return torch.cat([text, *rows], 1)
 
 
-def taken(call: Call, layer: Any, k: Tensor, v: Tensor) -> tuple[Tokens, list[Tokens]]:
-    """Keys and values (b, …, m, c) of a text to which :func:`append` was done, apart again."""
+def taken(call: Call, layer: Any, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tokens, list[Tokens]]:
+    """Keys and values (b, …, m, c) of a text to which :func:`append` was done, apart again.
+
+    ``mask`` (…, m) is for the positive tokens; of negative ones none are masked.
+    """
     if call.kept is not None and layer in call.kept:
-        return Tokens(k, v), call.kept[layer]
+        return Tokens(k, v, mask), call.kept[layer]
     sizes = [each.text.shape[1] for each in call.negatives]
     parts = [k.shape[-2] - sum(sizes), *sizes]
     positive, *negatives = (Tokens(*each) for each in zip(k.split(parts, -2), v.split(parts, -2), strict=True))
+    if mask is not None:
+        positive = Tokens(positive.k, positive.v, mask[..., : parts[0]])
     if call.kept is not None:
         one = all(each.text.shape[0] == 1 for each in call.negatives)  # the same for every row of a batch
         call.kept[layer] = [_own(each, 1 if one else k.shape[0]) for each in negatives]
@@ -56,20 +61,26 @@ def answer(
     """What the layer takes from its text (b, n, c), before its output projection."""
     guided = call.guided(options)
     if not any(guided):
-        return attentions.usual(q, positive.k, positive.v, options)
+        return attentions.usual(q, positive, options)
     if all(guided):
         return _guided(call, attentions, q, positive, negatives, options)
     size, answers = q.shape[0] // len(guided), []
     for acts, parts in groupby(range(len(guided)), guided.__getitem__):
         numbers = list(parts)
         rows, some = slice(numbers[0] * size, (numbers[-1] + 1) * size), _some(options, numbers)
-        text = Tokens(positive.k[rows], positive.v[rows])
+        text = _rows(positive, rows)
         if acts:
-            against = [each if each.k.shape[0] == 1 else Tokens(each.k[rows], each.v[rows]) for each in negatives]
+            against = [each if each.k.shape[0] == 1 else _rows(each, rows) for each in negatives]
             answers.append(_guided(call, attentions, q[rows], text, against, some))
         else:
-            answers.append(attentions.usual(q[rows], text.k, text.v, some))
+            answers.append(attentions.usual(q[rows], text, some))
     return torch.cat(answers)
+
+
+def _rows(tokens: Tokens, rows: slice) -> Tokens:
+    mask = tokens.mask
+    shared = mask is None or mask.shape[0] != tokens.k.shape[0]
+    return Tokens(tokens.k[rows], tokens.v[rows], mask if shared else mask[rows])
 
 
 def _some(options: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
@@ -90,10 +101,10 @@ def _guided(
     def attend(query: Tensor, tokens: Tokens) -> Tensor:
         if tokens is positive:
             if not usual:
-                usual.append(attentions.usual(query, tokens.k, tokens.v, options))
+                usual.append(attentions.usual(query, tokens, options))
             return usual[0]
         attention = attentions.plain if any(tokens is each for each in negatives) else attentions.usual
-        return attention(query, tokens.k, tokens.v, options)
+        return attention(query, tokens, options)
 
     return averaged(call, lambda guidance, number: guidance.cross(attend, q, positive, negatives[number]))
 

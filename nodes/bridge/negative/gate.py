@@ -25,6 +25,10 @@ KEY = "stylewright.negative"
 POSITIVE = 0  # of ``cond_or_uncond``, where nothing else tells
 
 
+class LayerForward:
+    """An object patch of ours, in the place of a layer's ``forward``."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Arguments of ``apply_model``."""
@@ -44,6 +48,8 @@ class Inputs:
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a model that is given negative prompts."""
+
+    key: str  # of it, in transformer options
 
     guidance: AttentionGuidance  # with the scale of this noise level
     negatives: tuple[Encoded, ...]  # those that count at it; their weights add up to 1
@@ -137,6 +143,7 @@ class Gate:
         negatives = self._counting(model, inputs) if strength else ()
         sampling = self._sampling
         call = Call(
+            self.key,
             replace(self._guidance, scale=self._guidance.scale * strength) if strength != 1 else self._guidance,
             weighted(negatives),
             self._layers,
@@ -195,7 +202,10 @@ def _weights_stay(model: Any, options: Mapping[str, Any]) -> bool:
         and all(str(key).startswith(KEY) for key in wrappers)
         and patcher is not None
         and not patcher.hook_patches
-        and not patcher.object_patches
+        and not any(
+            path.startswith("diffusion_model") and not isinstance(found, LayerForward)
+            for path, found in patcher.object_patches.items()
+        )
     )
 
 

@@ -12,7 +12,7 @@ import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
-from ....training.attention_guidance import AttentionGuidance
+from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, append, taken
 from .conds import Negatives
 from .gate import Call, Gate, Inputs
@@ -86,12 +86,16 @@ class _Replacement:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping) -> Tensor:
         call, place = options[self.key], _place(options)
         before = options[f"{self.key}/before"]
-        usual = before.get(place) or before.get(options.get("block")) or _plain
+        other = before.get(place) or before.get(options.get("block"))
+
+        def usual(query: Tensor, tokens: Tokens, some: Mapping[str, Any]) -> Tensor:
+            return _plain(query, tokens, some) if other is None else other(query, tokens.k, tokens.v, some)
+
         positive, negatives = taken(call, place, k, v)
         return answer(call, Attentions(usual, _plain), q, positive, negatives, options)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, options: Mapping) -> Tensor:
+def _plain(q: Tensor, tokens: Tokens, options: Mapping[str, Any]) -> Tensor:
     return optimized_attention(
-        q, k, v, options["n_heads"], attn_precision=options["attn_precision"], transformer_options=options
+        q, tokens.k, tokens.v, options["n_heads"], attn_precision=options["attn_precision"], transformer_options=options
     )
