@@ -239,7 +239,7 @@ class ToldBlock(nn.Module):
         self.inside = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, options):
-        return torch.tanh(self.inside(x)) * (1 + options["block"])
+        return torch.tanh(self.inside(x) * (1 + options["block"]))
 
 
 class Told(nn.Module):
