@@ -11,6 +11,7 @@ from .embedded_model import EmbeddedModelNode
 from .lora_loader import StyleLoRALoader
 from .lora_resize import StyleLoRAResize
 from .one_step import OneStepSampler, OneStepSamplerParts
+from .prompt_switch import CFGByLogSNR, PromptSwitchByLogSNR
 from .reference import ReferenceNode
 from .trainer import StyleFriendlySNRTrainer
 
@@ -25,6 +26,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     StyleLoRAResize,
     OneStepSampler,
     OneStepSamplerParts,
+    PromptSwitchByLogSNR,
+    CFGByLogSNR,
 )
 
 
