@@ -16,6 +16,7 @@ NAMES = (
     "stored_files",
     "one_step_runs",
     "negative_proof",
+    "joint_proof",
 )
 for name in NAMES:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))

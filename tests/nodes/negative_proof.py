@@ -10,6 +10,7 @@ from tiny_models import TINY
 SCALES = {"nasa": 0.4, "nag": 3.0, "vsf": 0.7}
 TAU, BLEND = 1.6, 0.5
 FLOWS = ("wan21", "wan22", "ltxv", "cosmos", "cosmos-predict2", "anima")
+FILMS = ("wan21", "wan22", "ltxv", "cosmos", "cosmos-predict2", "anima", "qwen", "hunyuan-video", "hunyuan-video15")
 
 
 def guidance(method, scale=None, **options):
@@ -21,7 +22,7 @@ def guidance(method, scale=None, **options):
 
 def shape_of(family, batch=1):
     tiny = TINY[family]
-    film = family in ("wan21", "wan22", "ltxv", "cosmos", "cosmos-predict2", "anima")
+    film = family in FILMS
     return (batch, tiny.channels, *((1,) if film else ()), *tiny.size)
 
 

@@ -67,7 +67,7 @@ def answer(
     size, answers = q.shape[0] // len(guided), []
     for acts, parts in groupby(range(len(guided)), guided.__getitem__):
         numbers = list(parts)
-        rows, some = slice(numbers[0] * size, (numbers[-1] + 1) * size), _some(options, numbers)
+        rows, some = slice(numbers[0] * size, (numbers[-1] + 1) * size), of_parts(options, numbers)
         text = _rows(positive, rows)
         if acts:
             against = [each if each.k.shape[0] == 1 else _rows(each, rows) for each in negatives]
@@ -83,7 +83,7 @@ def _rows(tokens: Tokens, rows: slice) -> Tokens:
     return Tokens(tokens.k[rows], tokens.v[rows], mask if shared else mask[rows])
 
 
-def _some(options: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+def of_parts(options: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
     """Options as they would be if these parts of the batch were the whole of it."""
     kept = {}
     for name in ("cond_or_uncond", "uuids"):
