@@ -9,7 +9,6 @@ from tiny_models import TINY
 # scale, tau and blend that leave marks: the growth that tau allows is reached by some tokens and not by others.
 SCALES = {"nasa": 0.4, "nag": 3.0, "vsf": 0.7}
 TAU, BLEND = 1.6, 0.5
-FLOWS = ("wan21", "wan22", "ltxv", "cosmos", "cosmos-predict2", "anima")
 FILMS = ("wan21", "wan22", "ltxv", "cosmos", "cosmos-predict2", "anima", "qwen", "hunyuan-video", "hunyuan-video15")
 
 
@@ -68,39 +67,127 @@ def by_hand(method, q, positive, negative, heads, scale=None):
     return BLEND * moved * grown.clamp_max(TAU) / grown + (1 - BLEND) * z_positive
 
 
-def linear(layer, x):
-    out = x.double() @ layer.weight.double().T
-    return out if layer.bias is None else out + layer.bias.double()
+def per_head(norm, x, heads):
+    return norm(x.unflatten(-1, (heads, -1))).flatten(-2)
+
+
+def of_unet(layer, x, text):
+    return layer.to_q(x), layer.to_k(text), layer.to_v(text), layer.heads, layer.to_out
+
+
+def of_pixart(layer, x, text):
+    text = text.reshape(x.shape[0], -1, x.shape[-1])
+    return layer.q_linear(x), *layer.kv_linear(text).chunk(2, -1), layer.num_heads, layer.proj
+
+
+def of_wan(layer, x, text):
+    return layer.norm_q(layer.q(x)), layer.norm_k(layer.k(text)), layer.v(text), layer.num_heads, layer.o
+
+
+def of_cosmos(layer, x, text):
+    (q, q_norm), (k, k_norm), (v, v_norm), heads = layer.to_q, layer.to_k, layer.to_v, layer.heads
+    made = per_head(q_norm, q(x), heads), per_head(k_norm, k(text), heads), per_head(v_norm, v(text), heads)
+    return *(each.transpose(0, 1) for each in made), heads, lambda out: layer.to_out(out.transpose(0, 1))
+
+
+def of_predict2(layer, x, text):
+    q, k = (
+        per_head(layer.q_norm, layer.q_proj(x), layer.n_heads),
+        per_head(layer.k_norm, layer.k_proj(text), layer.n_heads),
+    )
+    return q, k, layer.v_proj(text), layer.n_heads, layer.output_proj
+
+
+def of_ltx(layer, x, text):
+    return layer.q_norm(layer.to_q(x)), layer.k_norm(layer.to_k(text)), layer.to_v(text), layer.heads, layer.to_out
+
+
+# Ends of the layers' names, and what a layer makes of image and text: q, k, v (b, n, c), heads, output projection.
+CROSS = {
+    "sd15": (".attn2", of_unet), "sd21": (".attn2", of_unet), "sdxl": (".attn2", of_unet),
+    "pixart": (".cross_attn", of_pixart), "pixart-alpha": (".cross_attn", of_pixart),
+    "wan21": (".cross_attn", of_wan), "wan22": (".cross_attn", of_wan),
+    "cosmos": (".attn", of_cosmos), "cosmos-predict2": (".cross_attn", of_predict2),
+    "anima": (".cross_attn", of_predict2), "ltxv": (".attn2", of_ltx),
+}  # fmt: skip
+
+
+def layers_of(model, family):
+    """The layers that attend to text."""
+    end, _ = CROSS[family]
+    return [
+        each
+        for name, each in model.model.diffusion_model.named_modules()
+        if name.endswith(end) and not vars(each).get("is_selfattn", False) and "llm_adapter" not in name
+    ]
 
 
 @contextmanager
-def layers_in_place(modules, forward):
-    """Inside, ``forward(module)`` gives the function of each of the modules."""
+def in_place(layers, forward):
+    """Inside, ``forward(layer, its own forward)`` gives the function of each layer."""
     try:
-        for module in modules:
-            module.forward = forward(module)
+        for layer in layers:
+            layer.forward = forward(layer, layer.forward)
         yield
     finally:
-        for module in modules:
-            vars(module).pop("forward", None)
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
-def reference_unet(model, family, positive, negative, method, scale=None, guided=lambda rows: rows, **drawing):
-    """``guided(answers)`` picks rows of the batch: by default all of them."""
-    text = negative[0][0]
-    modules = [each for name, each in model.model.diffusion_model.named_modules() if name.endswith("attn2")]
-    assert modules
+def unmasked(text, mask):
+    """Without the tokens that a mask of numbers hides, which are the same for every row."""
+    return text if mask is None else text[:, mask[0, 0, 0] == 0]
 
-    def forward(module):
-        def attend(x, context=None, value=None, mask=None, transformer_options=None):
-            q, against = linear(module.to_q, x), text.expand(x.shape[0], -1, -1)
-            pair = [linear(module.to_k, context), linear(module.to_v, context)]
-            answer = by_hand(
-                method, q, pair, [linear(module.to_k, against), linear(module.to_v, against)], module.heads, scale
-            )
-            return module.to_out(answer.to(x))
+
+def texts(model, family, prompt, **drawing):
+    """What each layer is given of a prompt, where all steps are given the same."""
+    layers, found = layers_of(model, family), {}
+
+    def forward(layer, own):
+        def keep(x, context=None, *args, **kwargs):
+            found[layer] = unmasked(context, kwargs.get("mask"))
+            return own(x, context, *args, **kwargs)
+
+        return keep
+
+    with in_place(layers, forward):
+        draw(model, family, prompt, **drawing)
+    return found
+
+
+def reference(model, family, positive, negatives, method, scale=None, acts=lambda number: True, **drawing):
+    """Drawn with each layer's attention by hand, of the rows that have the positive prompt's first token.
+
+    ``negatives``: a CONDITIONING, or several with the weight of each.
+    """
+    if not isinstance(negatives, dict):
+        negatives = {1.0: negatives}
+    words = texts(model, family, positive)
+    layers, make = layers_of(model, family), CROSS[family][1]
+    assert layers
+    given = [(weight, texts(model, family, each)) for weight, each in negatives.items()]
+
+    def repeated(text, x):
+        axis = 1 if family == "cosmos" else 0
+        return text.repeat_interleave(x.shape[axis], axis)
+
+    def forward(layer, own):
+        number = layers.index(layer)
+
+        def attend(x, context=None, *args, **kwargs):
+            if not acts(number):
+                return own(x, context, *args, **kwargs)
+            answers, plain = 0, 0
+            for weight, found in given:
+                q, k, v, heads, out = make(layer, x, unmasked(context, kwargs.get("mask")))
+                _, against_k, against_v, _, _ = make(layer, x, repeated(found[layer], x))
+                plain = by_hand("nasa", q, (k, v), (against_k, against_v), heads, 0.0)
+                answers = answers + weight * by_hand(method, q, (k, v), (against_k, against_v), heads, scale)
+            _, first, _, _, _ = make(layer, x, repeated(words[layer], x))
+            guided = [torch.allclose(k[row, 0], first[row, 0], atol=1e-5) for row in range(len(q))]
+            return out(torch.where(torch.tensor(guided)[:, None, None], answers, plain).to(x))
 
         return attend
 
-    with layers_in_place(modules, forward):
+    with in_place(layers, forward):
         return draw(model, family, positive, **drawing)
