@@ -10,6 +10,7 @@ from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
 from .lora_loader import StyleLoRALoader
 from .lora_resize import StyleLoRAResize
+from .negative import NASANegativeAttention
 from .one_step import OneStepSampler, OneStepSamplerParts
 from .prompt_switch import CFGByLogSNR, PromptSwitchByLogSNR
 from .reference import ReferenceNode
@@ -28,6 +29,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     OneStepSamplerParts,
     PromptSwitchByLogSNR,
     CFGByLogSNR,
+    NASANegativeAttention,
 )
 
 

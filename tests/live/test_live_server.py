@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 OURS = {
-    "OneStepSampler", "OneStepSamplerParts", "PromptSwitchByLogSNR", "CFGByLogSNR",
+    "NASANegativeAttention", "OneStepSampler", "OneStepSamplerParts", "PromptSwitchByLogSNR", "CFGByLogSNR",
     "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleLoRALoader",
     "StyleLoRAResize", "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip

@@ -97,8 +97,15 @@ class Gate:
         self._per_token = 1
         self._run: Run | None = None
 
-    def open(self, model: comfy.model_patcher.ModelPatcher, run: Run) -> None:
-        """Puts the gate on a clone. ``run`` makes a call with negative prompts, by the function that it is given."""
+    def open(self, model: comfy.model_patcher.ModelPatcher, run: Run, layers: int | None = None) -> None:
+        """Puts the gate on a clone. ``run`` makes a call with negative prompts, by the function that it is given.
+
+        ``layers``: how many attentions to text there are. ValueError where some that are to act are not among them.
+        """
+        if layers is not None and self._layers is not None and not set(self._layers) <= set(range(layers)):
+            raise ValueError(
+                f"this model has {layers} attentions to text, 0 to {layers - 1}: layer {max(self._layers)} is not one"
+            )
         self._run, self._per_token = run, latents_per_token(model) ** 2
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self._apply)

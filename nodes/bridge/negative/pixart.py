@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.model_patcher
 from comfy.ldm.modules.attention import optimized_attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, taken
@@ -15,13 +15,15 @@ from .conds import Negatives
 from .gate import Call, Gate, Inputs, LayerForward
 from .separate import Layout, lengthened
 
+Told = tuple[Call, Mapping[str, Any]]  # of a call: itself, and its transformer options
 LAYOUT = Layout(r"blocks\.\d+\.cross_attn")
 
 
 def attach(
     model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
 ) -> None:
-    network, current = model.model.diffusion_model, ContextVar(gate.key, default=None)
+    network = model.model.diffusion_model
+    current: ContextVar[Told | None] = ContextVar(gate.key, default=None)
     layers = LAYOUT.layers(network)
     for number, name in enumerate(layers):
         path = f"diffusion_model.{name}.forward"
@@ -31,7 +33,7 @@ def attach(
                 f"another node has replaced {name} of this model, and PixArt's attention can be reached in one way "
                 "only: put the negative prompt on the model before that node"
             )
-        model.add_object_patch(path, _Forward(current, number, before))
+        model.add_object_patch(path, _Forward(current, number, network.get_submodule(name), before))
 
     def run(go: Callable[[Inputs], Tensor], inputs: Inputs, call: Call) -> Tensor:
         longer = lengthened(inputs, call, range(len(layers)))
@@ -41,15 +43,16 @@ def attach(
         finally:
             current.reset(told)
 
-    gate.open(model, run)
+    gate.open(model, run, len(layers))
 
 
 @dataclass(frozen=True, eq=False)
 class _Forward(LayerForward):
     """In the place of a layer's ``forward``: outside of a call of ours that, and inside of one its own parts."""
 
-    current: ContextVar[tuple[Call, Mapping[str, Any]] | None]
+    current: ContextVar[Told | None]
     number: int
+    layer: Any  # comfy.ldm.pixart.blocks.MultiHeadCrossAttention
     before: Callable[..., Tensor]
 
     def __call__(self, x: Tensor, cond: Tensor, mask: Any = None) -> Tensor:
@@ -63,7 +66,7 @@ class _Forward(LayerForward):
         if not call.acts_in(self.number):
             added = options.get(f"{call.key}/added", 0)
             return self.before(x, context[:, : context.shape[1] - added].reshape(1, -1, channels), mask)
-        layer: nn.Module = self.before.__self__  # ty: ignore[unresolved-attribute]  a bound method, as attach has seen
+        layer = self.layer
         heads = layer.num_heads
 
         def attend(query: Tensor, tokens: Tokens, unused: Mapping[str, Any]) -> Tensor:

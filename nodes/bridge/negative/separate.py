@@ -60,7 +60,7 @@ def attach_to(layout: Layout) -> Callable[..., None]:
             longer = lengthened(inputs, call, range(len(layers)))
             return go(longer.with_options(**{gate.key: call}))
 
-        gate.open(model, run)
+        gate.open(model, run, len(layers))
 
     return attach
 
@@ -139,9 +139,9 @@ class _Split:
 
         options = kwargs.get("transformer_options") or {}
         if k.shape[-2] != self.tokens:  # to an image
-            asked, mask = kwargs, kwargs.get("mask")
-            run = attention if self.before is None else lambda *a, **kw: self.before(attention, *a, **kw)
-            return run(q, k, v, heads, *args, **kwargs)
+            if self.before is None:
+                return attention(q, k, v, heads, *args, **kwargs)
+            return self.before(attention, q, k, v, heads, *args, **kwargs)
         mask = args[0] if args else kwargs.get("mask")
         left_out = ("mask", "transformer_options", "skip_output_reshape")
         asked = {name: value for name, value in kwargs.items() if name not in left_out}

@@ -38,20 +38,20 @@ def attach(
         }
         return go(inputs.with_options(**options))
 
-    gate.open(model, run)
+    gate.open(model, run, len(layers))
 
 
 def cross_attentions(unet: nn.Module) -> list[Place]:
     """Those of a UNet, from its input to its output."""
     found = []
-    for name, modules in (
-        ("input", unet.get_submodule("input_blocks")),
-        ("middle", [unet.get_submodule("middle_block")]),
-        ("output", unet.get_submodule("output_blocks")),
-    ):
+    blocks: dict[str, list[nn.Module]] = {
+        "input": list(unet.get_submodule("input_blocks").children()),
+        "middle": [unet.get_submodule("middle_block")],
+        "output": list(unet.get_submodule("output_blocks").children()),
+    }
+    for name, modules in blocks.items():
         for number, block in enumerate(modules):
             names = [path.rsplit(".", 2) for path, _ in block.named_modules() if path.endswith(".attn2")]
-            # The middle block's own number is 0, as ComfyUI counts it.
             found += [(name, number, int(index)) for parent, index, _ in names if parent.endswith("transformer_blocks")]
     return found
 
@@ -70,7 +70,7 @@ class _Text:
 
     def __call__(self, n: Tensor, context: Tensor, value: Tensor | None, options: Mapping) -> tuple:
         call, place = options[self.key], _place(options)
-        if place not in self.layers or not call.acts_in(self.layers[place]):
+        if place is None or place not in self.layers or not call.acts_in(self.layers[place]):
             return n, context, value
         longer = append(call, place, context)
         return n, longer, longer if value is None or value is context else append(call, place, value)
