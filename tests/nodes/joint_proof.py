@@ -148,7 +148,7 @@ def in_step(model, mixed: Mixed, calls) -> torch.Tensor:
     return answers[0]
 
 
-POOLED = ("y", "guidance", "clip_text_pooled", "txt_byt5")
+POOLED = ("y", "guidance", "clip_text_pooled")
 
 
 def expected(model, family, recorder: Recorder, negative, image: int, method: str, **options) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from . import pixart, separate, unet
 from .conds import negatives_of
 from .gate import Gate
 from .joint import JOINT
+from .refined import REFINED
 
 # Class of a diffusion model -> attach(model, negatives, guidance, gate). A class counts for what derives from it,
 # unless that has a line of its own; None = none of ComfyUI's hooks reaches it.
@@ -24,6 +25,7 @@ ATTACH: dict[str, Any] = {
     "LTXVModel": separate.attach_to(separate.LTX),
     "LTXAVModel": None,  # two texts, which are mixed with each other before the layers see them
     **JOINT,
+    **REFINED,
 }
 
 

@@ -130,7 +130,7 @@ def flux(model: Any, inputs: Inputs, call: Call) -> Prepared:
     assert inputs.text is not None
     text = inputs.text.shape[1]
     latents = [inputs.x, *(inputs.rest.get("ref_latents") or [])]
-    layout = Layout(text, sizes, tokens_of(latents, net.patch_size, net.patch_size))
+    layout = Layout.of(text, sizes, tokens_of(latents, net.patch_size, net.patch_size))
     ready, starts = with_texts(inputs, call), back_to_start(text, sizes)
     counted = list(net.params.txt_ids_dims) or [0] * getattr(net.params, "use_sequential_txt_ids", False)
     if not counted:
@@ -149,7 +149,7 @@ def sd3(model: Any, inputs: Inputs, call: Call) -> Prepared:
     if net.context_processor is not None:
         raise ValueError("this SD3 mixes its text's tokens before its blocks, where no hook of ComfyUI reaches them")
     text, patch = inputs.text.shape[1] + net.register_length, net.patch_size
-    return Prepared(with_texts(inputs, call), Layout(text, sizes_of(call), tokens_of([inputs.x], patch, patch)))
+    return Prepared(with_texts(inputs, call), Layout.of(text, sizes_of(call), tokens_of([inputs.x], patch, patch)))
 
 
 def qwen(model: Any, inputs: Inputs, call: Call) -> Prepared:
@@ -161,7 +161,7 @@ def qwen(model: Any, inputs: Inputs, call: Call) -> Prepared:
     frames = sum(each.shape[2] * tokens_of([each], patch, patch) for each in latents)
     moves = [[start] * 3 for start in back_to_start(text, sizes)]
     ready = with_texts(inputs, call, masked=True)
-    return Prepared(ready, Layout(text, sizes, frames), turns_by(net.pe_embedder, moves, inputs.x))
+    return Prepared(ready, Layout.of(text, sizes, frames), turns_by(net.pe_embedder, moves, inputs.x))
 
 
 # Class of a diffusion model -> attach(model, negatives, guidance, gate). A class counts for what derives from it.

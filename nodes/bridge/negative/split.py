@@ -23,29 +23,27 @@ OVERRIDE = "optimized_attention_override"  # of transformer options
 ARGUMENTS = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # after q, k, v in ComfyUI
 
 
+Parts = Sequence[tuple[Kind, int]]  # of a sequence, from its beginning: kinds and counts of tokens
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Tokens of a joint sequence, from its beginning: the positive text, the negative ones, more text, the image.
+    """Parts of a joint sequence. Other nodes may put more of the positive text in front of them."""
 
-    The positive text may be longer than ``text``: other nodes put tokens in front of it.
-    """
+    known: tuple[tuple[Kind, int], ...]
 
-    text: int
-    negatives: tuple[int, ...]
-    image: int
-    more: int = 0  # of the positive text
+    @classmethod
+    def of(cls, text: int, negatives: Sequence[int], image: int) -> "Layout":
+        """The positive text, the negative ones, the image."""
+        return cls(((POSITIVE, text), *enumerate(negatives), (IMAGE, image)))
 
     @property
     def shortest(self) -> int:
-        return self.text + sum(self.negatives) + self.more + self.image
+        return sum(size for _, size in self.known)
 
-    def parts(self, length: int) -> list[tuple[Kind, int]]:
-        """Of a sequence of so many tokens, in order."""
-        text = self.text + length - self.shortest
-        return [(POSITIVE, text), *enumerate(self.negatives), (POSITIVE, self.more), (IMAGE, self.image)]
-
-
-Parts = Sequence[tuple[Kind, int]]
+    def parts(self, length: int) -> Parts:
+        """Of a sequence of so many tokens."""
+        return [(POSITIVE, length - self.shortest), *self.known]
 
 
 def apart(x: Tensor, parts: Parts, dim: int = -2) -> dict[Kind, Tensor]:
@@ -207,10 +205,10 @@ def _without(attend: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
         mask = without_negatives(mask, parts) if mask.shape[-2] > 1 else mask
     q, k, v = (without_negatives(each, parts) for each in (q, k, v))
     answers = apart(attend(q, Tokens(k, v, mask)), [each for each in parts if not isinstance(each[0], int)])
-    shape = answers[IMAGE].shape
-    for kind, size in parts:
-        if isinstance(kind, int):
-            answers[kind] = answers[IMAGE].new_zeros(*shape[:-2], size, shape[-1])
+    shape = list(answers[IMAGE].shape)
+    for negative in {kind for kind, _ in parts if isinstance(kind, int)}:
+        shape[-2] = sum(size for kind, size in parts if kind == negative)
+        answers[negative] = answers[IMAGE].new_zeros(shape)
     return together(answers, parts)
 
 
