@@ -79,7 +79,8 @@ class AttentionGuidance:
         if not self.scale:
             return attend(q, with_shared(positive))
         if self.method == "vsf":
-            return attend(q, with_shared(positive) + negative.times(-self.scale))
+            # The positive tokens last: what else may be behind them (another pack's, a second guidance's) stays there.
+            return attend(q, negative.times(-self.scale) + with_shared(positive))
         z_positive = attend(q, with_shared(positive))
         if self.method == "nag":
             return nag(z_positive, attend(q, with_shared(negative)), self.scale, self.tau, self.blend)

@@ -28,6 +28,8 @@ def attach(
     for number, name in enumerate(layers):
         path = f"diffusion_model.{name}.forward"
         before = model.get_model_object(path)
+        if isinstance(before, LayerForward):
+            raise ValueError("two negative prompts on one PixArt model: join them with Conditioning (Combine)")
         if getattr(before, "__self__", None) is not network.get_submodule(name):
             raise ValueError(
                 f"another node has replaced {name} of this model, and PixArt's attention can be reached in one way "

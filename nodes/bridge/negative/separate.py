@@ -108,8 +108,7 @@ class Forward(LayerForward):
             return self.before(x, context, *args, **kwargs)
         if call.acts_in(self.number):
             images = kwargs.get("context_img_len", 0) if self.images else 0
-            tokens = context.shape[0 if self.tokens_first else 1] - images
-            split = _Split(call, self.number, tokens, options.get(OVERRIDE))
+            split = _below(options.get(OVERRIDE), _Split(call, self.number, images, None))
             kwargs["transformer_options"] = {**options, OVERRIDE: split}
         elif added := options.get(_added(call), 0):
             context = context[:-added] if self.tokens_first else context[:, :-added]
@@ -118,13 +117,20 @@ class Forward(LayerForward):
         return self.before(x, context, *args, **kwargs)
 
 
+def _below(other: Callable | None, split: "_Split") -> "_Split":
+    """Another negative prompt, whose node came later, has its tokens behind ours, and takes them off first."""
+    if isinstance(other, _Split):
+        return replace(other, before=_below(other.before, split))
+    return replace(split, before=other)
+
+
 @dataclass(frozen=True, eq=False)
 class _Split:
     """An attention to both texts, one behind the other."""
 
     call: Call
     layer: int
-    tokens: int  # of both
+    images: int  # tokens of an image that the layer attends to on their own
     before: Callable[..., Tensor] | None  # another pack's override
 
     def __call__(self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any):
@@ -138,7 +144,7 @@ class _Split:
             return self.before(attention, query, tokens.k, tokens.v, heads, **told)
 
         options = kwargs.get("transformer_options") or {}
-        if k.shape[-2] != self.tokens:  # to an image
+        if self.images and k.shape[-2] == self.images:
             if self.before is None:
                 return attention(q, k, v, heads, *args, **kwargs)
             return self.before(attention, q, k, v, heads, *args, **kwargs)
