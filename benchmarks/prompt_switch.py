@@ -1,4 +1,4 @@
-"""When are a picture's style and its subject decided in the denoising? On the embedded model, where an oracle sees both.
+"""When style and subject are decided in the denoising: on the embedded model, where an oracle sees both.
 
 After Fig. 4 of arXiv 2411.14793: the prompt is exchanged once on the way, after so many of the steps. Words that are
 there *until* the exchange decide what is settled by then, words that are there *from* it on what is still open.
