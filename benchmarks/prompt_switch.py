@@ -33,7 +33,7 @@ from stylewright.training.metrics import mean_interval  # noqa: E402
 from stylewright.training.switching import Switch  # noqa: E402
 
 STEPS = 20
-AFTER = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # steps before the exchange
+AFTER = (1, 2, 3, 4, 6, 8, 12)  # steps before the exchange
 GUIDANCE = 3.0
 
 

@@ -95,6 +95,29 @@ def test_a_model_that_is_none_of_the_presets_is_refused_in_words(server, reposit
     assert expected in error["exception_message"]
 
 
+def test_the_prompt_switch_runs_as_shipped_and_says_where_it_switches(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["prompt_switch.json"], server.info)
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    first, last = (output["images"] for output in result["outputs"].values() if "images" in output)
+    assert len(first) == len(last) == 4
+
+
+def test_a_threshold_that_a_model_never_reaches_is_refused_in_words(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["prompt_switch.json"], server.info)
+    for node in prompt.values():
+        if node["class_type"] == "PromptSwitchByLogSNR":
+            node["inputs"] |= {"unit": "time", "thresholds": "2000"}
+    result = server.run(prompt)
+    error = next(message["data"] for message in result["messages"] if message["type"] == "execution_error")
+    assert error["node_type"] == "PromptSwitchByLogSNR"
+    assert "so that one part would never act: time 2000 is not one of this model's levels" in error["exception_message"]
+
+
 @pytest.fixture(scope="module")
 def quick_start(server, repository, shipped_weights):
     """The quick start's prompt and what came of it."""
