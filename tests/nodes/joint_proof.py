@@ -43,12 +43,15 @@ def recorded(model, family, positive, **drawing) -> Recorder:
 
 @dataclass
 class Mixed:
-    """Attention of two runs in step. ``image`` is how many tokens of a sequence's end are the image's."""
+    """Attention of two runs in step. ``image`` is how many tokens of a sequence's end are the image's, or of its
+    beginning where it is ``first``.
+    """
 
     method: str
     image: int
     scale: float
     text_only: bool = True
+    first: bool = False
     acts: Callable[[int], bool] = lambda number: True
     given: dict[int, tuple] = field(default_factory=dict)
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
@@ -61,14 +64,14 @@ class Mixed:
             if q.shape[2 if kwargs.get("skip_reshape") else 1] <= self.image:
                 return function(q, k, v, *rest, **kwargs)
             heads, mask, *_ = (*rest, *(kwargs.get(name) for name in ("heads", "mask")[len(rest) :]))
-            self.given[run] = _parts(q, k, v, heads, mask, kwargs.get("skip_reshape", False), self.image)
+            self.given[run] = _parts(q, k, v, heads, mask, kwargs.get("skip_reshape", False), self.image * self.first)
             self.barrier.wait()
             own, both = self.given[run], (self.given[0], self.given[1])
             text = own.answer(slice(None, -self.image))
             image = self.mix(*both) if self.acts(number) else both[0].answer(slice(-self.image, None))
             number += 1
             self.barrier.wait()
-            return torch.cat([text, image], 1).to(q.dtype)
+            return torch.cat([text, image], 1).roll(self.image * self.first, 1).to(q.dtype)
 
         return attention
 
@@ -107,11 +110,12 @@ class Given:
         return _joined(self.scores(queries).softmax(-1) @ self.v)
 
 
-def _parts(q, k, v, heads, mask, has_heads: bool, image: int) -> Given:
+def _parts(q, k, v, heads, mask, has_heads: bool, moved: int) -> Given:
     q, k, v = (
         each.double() if has_heads else each.double().reshape(*each.shape[:2], heads, -1).transpose(1, 2)
         for each in (q, k, v)
     )
+    q, k, v = (each.roll(-moved, 2) for each in (q, k, v))
     mask = torch.zeros(1, 1) if mask is None else mask.double()
     return Given(q, k, v, mask[:, None] if mask.ndim == 3 else mask)
 
@@ -167,7 +171,7 @@ def expected(model, family, recorder: Recorder, negative, image: int, method: st
             name: each.expand(x.shape[0], *each.shape[1:]) if torch.is_tensor(each) else each
             for name, each in theirs.items()
         }
-        mixed = Mixed(method, image, options.pop("scale", SCALES[method]), **options)
+        mixed = Mixed(method, image, SCALES[method], first=family == "hidream", **options)
         calls = [
             ((x, t, concat, context, control, settings), own),
             ((x, t, concat, against, control, settings), theirs),

@@ -12,6 +12,7 @@ IMAGE = {  # tokens of the tiny latents
     "flux": 24, "flux-schnell": 24, "flux2": 96, "longcat-image": 24, "chroma": 24, "chroma-radiance": 12, "sd3": 24,
     "sd35-medium": 24, "qwen": 24, "lumina2": 24, "z-image": 32, "z-image-pixel": 32, "hunyuan-video": 24,
     "hunyuan-image21": 96, "hunyuan-video15": 96,
+    "hidream": 24,
 }  # fmt: skip
 FAMILIES = list(IMAGE)
 

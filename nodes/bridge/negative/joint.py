@@ -21,7 +21,7 @@ from torch import Tensor
 from ....training.attention_guidance import AttentionGuidance
 from .conds import Negatives
 from .gate import Call, Gate, Inputs
-from .split import OVERRIDE, Layout, SplitAttention
+from .split import IMAGE, OVERRIDE, POSITIVE, Layout, SplitAttention
 
 MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in the sequence
 
@@ -164,10 +164,26 @@ def qwen(model: Any, inputs: Inputs, call: Call) -> Prepared:
     return Prepared(ready, Layout.of(text, sizes, frames), turns_by(net.pe_embedder, moves, inputs.x))
 
 
+def hidream(model: Any, inputs: Inputs, call: Call) -> Prepared:
+    """HiDream: an image, and behind it the prompt as T5 has it, as Llama's last layer has it, and its layer by layer."""
+    net, name = model.diffusion_model, "encoder_hidden_states_llama3"  # (b, layers, tokens, width)
+    assert inputs.text is not None
+    own, rows = inputs.rest[name], [each.rows(inputs.text.shape[0]) for each in call.negatives]
+    llama = torch.cat([own, *(each[name].to(own) for each in rows)], 2)
+    ready = with_texts(inputs, call)
+    edited = inputs.rest.get("image_cond")
+    image = tokens_of([inputs.x] if edited is None else [inputs.x, edited], net.patch_size, net.patch_size)
+    of_t5 = ((POSITIVE, inputs.text.shape[1]), *enumerate(sizes_of(call)))
+    of_llama = ((POSITIVE, own.shape[2]), *enumerate(each[name].shape[2] for each in rows))
+    layout = Layout(((IMAGE, image), *of_t5, *of_llama, *of_llama))
+    return Prepared(replace(ready, rest={**ready.rest, name: llama}), layout)
+
+
 # Class of a diffusion model -> attach(model, negatives, guidance, gate). A class counts for what derives from it.
 JOINT: dict[str, Any] = {
     "Flux": by(flux),
     "Chroma": by(flux),
     "OpenAISignatureMMDITWrapper": by(sd3),
     "QwenImageTransformer2DModel": by(qwen),
+    "HiDreamImageTransformer2DModel": by(hidream),
 }
