@@ -152,7 +152,7 @@ def in_step(model, mixed: Mixed, calls) -> torch.Tensor:
     return answers[0]
 
 
-POOLED = ("y", "guidance", "clip_text_pooled")
+OF_TEXT = ("attention_mask", "num_tokens", "txt_byt5", "encoder_hidden_states_llama3")
 
 
 def expected(model, family, recorder: Recorder, negative, image: int, method: str, **options) -> list[torch.Tensor]:
@@ -161,16 +161,10 @@ def expected(model, family, recorder: Recorder, negative, image: int, method: st
     found = []
     for args, kwargs in recorder.calls:
         x, t, concat, context, control, settings = positional(args, kwargs)
-        own = {name: each for name, each in kwargs.items() if name in text[1] or name in POOLED}
-        own = {name: each for name, each in own.items() if name not in ARGUMENTS}
-        theirs = {name: each for name, each in text[1].items() if name not in (*ARGUMENTS, *POOLED)}
-        theirs |= {name: each for name, each in own.items() if name in POOLED}
-        against = positional(*text)[3]
-        against = against.expand(x.shape[0], *against.shape[1:])
-        theirs = {
-            name: each.expand(x.shape[0], *each.shape[1:]) if torch.is_tensor(each) else each
-            for name, each in theirs.items()
-        }
+        own = {name: each for name, each in kwargs.items() if name not in ARGUMENTS}
+        theirs = {name: each for name, each in own.items() if name not in OF_TEXT}
+        theirs |= {name: _rows(each, x.shape[0]) for name, each in text[1].items() if name in OF_TEXT}
+        against = _rows(positional(*text)[3], x.shape[0])
         mixed = Mixed(method, image, SCALES[method], first=family == "hidream", **options)
         calls = [
             ((x, t, concat, context, control, settings), own),
@@ -178,6 +172,10 @@ def expected(model, family, recorder: Recorder, negative, image: int, method: st
         ]
         found.append(in_step(model.model, mixed, calls))
     return found
+
+
+def _rows(value, count: int):
+    return value.expand(count, *value.shape[1:]) if torch.is_tensor(value) else value
 
 
 ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")

@@ -56,12 +56,13 @@ def by(prepare: Prepare) -> Callable[..., None]:
             attention = SplitAttention(
                 call,
                 ready.layout,
+                tuple(call.guided(inputs.options)),
                 inputs.options.get(OVERRIDE),
                 ready.turns,
                 len(getattr(base.diffusion_model, "double_blocks", ())),
             )
             answer = go(ready.inputs.with_options(**{OVERRIDE: attention, MARK: True}))
-            if not attention.seen:
+            if not attention.used:
                 raise ValueError(
                     f"{type(base.diffusion_model).__name__}: another node has replaced this model's attention, and the "
                     "negative prompt would do nothing. Remove one of the two"
@@ -165,7 +166,7 @@ def qwen(model: Any, inputs: Inputs, call: Call) -> Prepared:
 
 
 def hidream(model: Any, inputs: Inputs, call: Call) -> Prepared:
-    """HiDream: an image, and behind it the prompt as T5 has it, as Llama's last layer has it, and its layer by layer."""
+    """HiDream: an image, and behind it the prompt by T5, by one layer of Llama, and by another in every block."""
     net, name = model.diffusion_model, "encoder_hidden_states_llama3"  # (b, layers, tokens, width)
     assert inputs.text is not None
     own, rows = inputs.rest[name], [each.rows(inputs.text.shape[0]) for each in call.negatives]

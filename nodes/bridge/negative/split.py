@@ -110,16 +110,21 @@ class Joint:
 class SplitAttention:
     """``optimized_attention_override`` for one call of a model.
 
-    turns: what moves the negative prompts to the places they would have as the only text: rotations
-    (1, 1, 1, c / 2, 2, 2), one each. doubles: how many double blocks come before the single ones.
+    guided: of each equal part of the batch, whether it is of a positive prompt. turns: what moves the negative prompts
+    to the places they would have as the only text: rotations (1, 1, 1, c / 2, 2, 2), one each. doubles: how many double
+    blocks come before the single ones.
+
+    Within compiled code: what is read here is the same in every call, or traced anew for each.
     """
 
     call: Call
     layout: Layout
+    guided: tuple[bool, ...]
     before: Callable[..., Tensor] | None  # the override of another node
     turns: Sequence[Tensor] = ()
     doubles: int = 0
-    seen: int = 0  # joint attentions so far
+    used: bool = False  # in a joint attention
+    number: int = 0  # of the next joint attention, where it is counted
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, *more = args
@@ -133,7 +138,8 @@ class SplitAttention:
         heads, mask, options = given.pop("heads"), given.pop("mask", None), given.pop("transformer_options")
         parts = self.layout.parts(q.shape[-2])
         mask = None if mask is None else lengthened(mask, parts)
-        acts = self.call.acts_in(self._number(options))
+        acts = self.call.layers is None or self.call.acts_in(self._number(options))
+        self.used = True
 
         def answer(rows: slice, options: Mapping[str, Any], is_guided: bool) -> Tensor:
             def attend(query: Tensor, to: Tokens) -> Tensor:
@@ -144,11 +150,10 @@ class SplitAttention:
                 return _without(attend, q[rows], k[rows], v[rows], own, parts)
             return self._with_negatives(attend, self._joint(q[rows], k[rows], v[rows], own, parts), parts, acts)
 
-        guided = self.call.guided(options)
-        if all(guided):
+        if all(self.guided):
             return answer(slice(None), options, True)
-        size, answers = q.shape[0] // len(guided), []
-        for is_guided, group in groupby(range(len(guided)), guided.__getitem__):
+        size, answers = q.shape[0] // len(self.guided), []
+        for is_guided, group in groupby(range(len(self.guided)), self.guided.__getitem__):
             numbers = list(group)
             rows = slice(numbers[0] * size, (numbers[-1] + 1) * size)
             answers.append(answer(rows, of_parts(options, numbers), is_guided))
@@ -167,9 +172,9 @@ class SplitAttention:
 
     def _number(self, options: Mapping[str, Any]) -> int:
         """Of the layer. SD3 does not say, and every block of it has one joint attention."""
-        number, self.seen = self.seen, self.seen + 1
         if "block_index" not in options:
-            return number
+            self.number += 1
+            return self.number - 1
         return options["block_index"] + (self.doubles if options.get("block_type") == "single" else 0)
 
     def _joint(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, parts: Parts) -> Joint:
