@@ -202,6 +202,26 @@ def test_two_nodes_at_the_same_noise_level_are_refused(tiny, tiny_prompt):
         draw(twice, "flux", tiny_prompt("flux", 7, 1))
 
 
+def test_a_call_that_is_answered_from_a_cache_is_none_without_effect(tiny, tiny_prompt):
+    """EasyCache and its kin leave out calls of a model; a model that never attends is an error."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone, positive = guided(tiny("flux"), tiny_prompt("flux", 5, 2), guidance("nag")), tiny_prompt("flux", 7, 1)
+    kept = []
+
+    def cached(executor, x, *args, **kwargs):
+        kept.append(x if kept else executor(x, *args, **kwargs))
+        return kept[-1]
+
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", cached)
+    draw(clone, "flux", positive)
+    assert len(kept) == 2
+    other = guided(tiny("flux"), tiny_prompt("flux", 5, 2), guidance("nag"))
+    other.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "broken", lambda executor, x, *args, **kwargs: x)
+    with pytest.raises(ValueError, match="would do nothing"):
+        draw(other, "flux", positive)
+
+
 def test_keys_that_another_node_adds_are_refused(tiny, tiny_prompt):
     model = guided(tiny("flux"), tiny_prompt("flux", 5, 2), guidance("nasa"))
 

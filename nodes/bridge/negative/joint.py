@@ -9,7 +9,9 @@ A negative prompt keeps the places that it would have as the only text: a model 
 negative ones moved by a rotation of their queries and keys.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -38,15 +40,18 @@ class Prepared:
 Prepare = Callable[[Any, Inputs, Call], Prepared]  # the first is a BaseModel
 
 
-def by(prepare: Prepare) -> Callable[..., None]:
-    """``attach`` for a family whose calls ``prepare`` makes ready."""
+def by(prepare: Prepare, current: ContextVar[Call | None] | None = None) -> Callable[..., None]:
+    """``attach`` for a family whose calls ``prepare`` makes ready. ``current`` holds the call, for layers that are told
+    nothing else.
+    """
 
     def attach(
         model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
     ) -> None:
-        base = model.model
+        base, proven = model.model, False
 
         def run(go: Callable[[Inputs], Tensor], inputs: Inputs, call: Call) -> Tensor:
+            nonlocal proven
             if inputs.options.get(MARK):
                 raise ValueError(
                     "two negative prompts act on this model at the same noise level: join them with Conditioning "
@@ -61,8 +66,10 @@ def by(prepare: Prepare) -> Callable[..., None]:
                 ready.turns,
                 len(getattr(base.diffusion_model, "double_blocks", ())),
             )
-            answer = go(ready.inputs.with_options(**{OVERRIDE: attention, MARK: True}))
-            if not attention.used:
+            with told(current, call):
+                answer = go(ready.inputs.with_options(**{OVERRIDE: attention, MARK: True}))
+            proven = proven or attention.used
+            if not proven:  # later calls may be answered from another node's cache
                 raise ValueError(
                     f"{type(base.diffusion_model).__name__}: another node has replaced this model's attention, and the "
                     "negative prompt would do nothing. Remove one of the two"
@@ -72,6 +79,19 @@ def by(prepare: Prepare) -> Callable[..., None]:
         gate.open(model, run)
 
     return attach
+
+
+@contextmanager
+def told(current: ContextVar[Call | None] | None, call: Call) -> Iterator[None]:
+    """Inside, ``current`` holds the call."""
+    if current is None:
+        yield
+        return
+    before = current.set(call)
+    try:
+        yield
+    finally:
+        current.reset(before)
 
 
 def with_texts(inputs: Inputs, call: Call, masked: bool = False) -> Inputs:

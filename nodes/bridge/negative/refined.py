@@ -5,11 +5,13 @@ there before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 import comfy.model_patcher
+import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,15 @@ def lumina(model: Any, inputs: Inputs, call: Call) -> Prepared:
     sizes = [_padded(net, size) for size in (inputs.text.shape[1], *sizes_of(call))]
     image = _padded(net, tokens_of([inputs.x], net.patch_size, net.patch_size))
     return Prepared(inputs, Layout.of(sizes[0], tuple(sizes[1:]), image))
+
+
+def aura(model: Any, inputs: Inputs, call: Call) -> Prepared:
+    """AuraFlow, whose texts each have the same learned tokens in front of them."""
+    net = model.diffusion_model
+    assert inputs.text is not None
+    text, *sizes = (size + net.register_tokens.shape[1] for size in (inputs.text.shape[1], *sizes_of(call)))
+    image = tokens_of([inputs.x], net.patch_size, net.patch_size)
+    return Prepared(with_texts(inputs, call), Layout.of(text, sizes, image))
 
 
 def _padded(net: nn.Module, size: int) -> int:
@@ -134,6 +145,25 @@ class RefinerLayer:
         return torch.cat([self.before(text, mask, place, *more, **named) for text, place in parts], 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Registers:
+    """In the place of AuraFlow's first layer for text: learned tokens before each negative text, as the model puts them
+    before the positive one.
+    """
+
+    current: ContextVar[Call | None]
+    net: Any  # MMDiT
+    before: Callable[[Tensor], Tensor]
+
+    def __call__(self, text: Tensor) -> Tensor:
+        embedded, call = self.before(text), self.current.get()
+        if call is None:
+            return embedded
+        registers = comfy.ops.cast_to_input(self.net.register_tokens, embedded).expand(len(embedded), -1, -1)
+        positive, *negatives = embedded.split(_all_sizes(text.shape[1], sizes_of(call)), 1)
+        return torch.cat([positive, *(each for negative in negatives for each in (registers, negative))], 1)
+
+
 def _all_sizes(length: int, negatives: Sequence[int]) -> list[int]:
     return [length - sum(negatives), *negatives]
 
@@ -157,4 +187,13 @@ def lumina_attach(
     by(lumina)(model, negatives, guidance, gate)
 
 
-REFINED: dict[str, Any] = {"HunyuanVideo": hunyuan_attach, "NextDiT": lumina_attach}
+def aura_attach(
+    model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
+) -> None:
+    current: ContextVar[Call | None] = ContextVar(gate.key, default=None)
+    path = "diffusion_model.cond_seq_linear.forward"
+    model.add_object_patch(path, Registers(current, model.model.diffusion_model, model.get_model_object(path)))
+    by(aura, current)(model, negatives, guidance, gate)
+
+
+REFINED: dict[str, Any] = {"HunyuanVideo": hunyuan_attach, "NextDiT": lumina_attach, "MMDiT": aura_attach}
