@@ -155,7 +155,9 @@ def in_step(model, mixed: Mixed, calls) -> torch.Tensor:
 OF_TEXT = ("attention_mask", "num_tokens", "txt_byt5", "encoder_hidden_states_llama3")
 
 
-def expected(model, family, recorder: Recorder, negative, image: int, method: str, **options) -> list[torch.Tensor]:
+def expected(
+    model, family, recorder: Recorder, negative, image: int, method: str, patches_of_negative=None, **options
+) -> list[torch.Tensor]:
     """Of each recorded call of positive prompts alone, the answer by hand."""
     text = recorded(model, family, negative).calls[0]
     found = []
@@ -163,12 +165,17 @@ def expected(model, family, recorder: Recorder, negative, image: int, method: st
         x, t, concat, context, control, settings = positional(args, kwargs)
         own = {name: each for name, each in kwargs.items() if name not in ARGUMENTS}
         theirs = {name: each for name, each in own.items() if name not in OF_TEXT}
-        theirs |= {name: _rows(each, x.shape[0]) for name, each in text[1].items() if name in OF_TEXT}
+        theirs |= {
+            name: each if name == "attention_mask" else _rows(each, x.shape[0])
+            for name, each in text[1].items()
+            if name in OF_TEXT
+        }
         against = _rows(positional(*text)[3], x.shape[0])
         mixed = Mixed(method, image, SCALES[method], first=family == "hidream", **options)
+        of_negative = settings if patches_of_negative is None else {**settings, "patches": patches_of_negative}
         calls = [
             ((x, t, concat, context, control, settings), own),
-            ((x, t, concat, against, control, settings), theirs),
+            ((x, t, concat, against, control, of_negative), theirs),
         ]
         found.append(in_step(model.model, mixed, calls))
     return found

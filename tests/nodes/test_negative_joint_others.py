@@ -28,8 +28,8 @@ def with_entries(conditioning, **entries):
     return [[text, {**rest, **entries}] for text, rest in conditioning]
 
 
-def check_in_step(model, family, positive, negative, image, method="nag"):
-    recorder = joint_proof.recorded(guided(model, negative, guidance(method)), family, positive)
+def check_in_step(model, family, positive, negative, image, method="nag", **drawing):
+    recorder = joint_proof.recorded(guided(model, negative, guidance(method)), family, positive, **drawing)
     truths = joint_proof.expected(model, family, recorder, negative, image, method)
     for answer, truth in zip(recorder.answers, truths, strict=True):
         assert relative(answer, truth) < 1e-5
@@ -102,7 +102,7 @@ def test_masks_of_padded_texts(family, tiny, tiny_prompt):
     model = tiny(family)
     check_in_step(model, family, positive, negative, TOKENS)
     check_in_step(model, family, positive, tiny_prompt(family, 5, 2), TOKENS)
-    check_in_step(model, family, tiny_prompt(family, 7, 1), negative, TOKENS)
+    check_in_step(model, family, tiny_prompt(family, 7, 1), negative, TOKENS, batch=2)
 
 
 @pytest.mark.parametrize("tokens", [(7, 40), (40, 7)])
@@ -111,6 +111,24 @@ def test_texts_of_z_image_that_are_padded_to_other_lengths(tokens, tiny, tiny_pr
     monkeypatch.setitem(TINY, "z-image", replace(TINY["z-image"], size=(20, 32)))
     positive, negative = (tiny_prompt("z-image", count, seed) for seed, count in enumerate(tokens))
     check_in_step(tiny("z-image"), "z-image", positive, negative, 160)
+
+
+def test_tokens_that_another_node_puts_before_the_text_are_of_the_positive(tiny, tiny_prompt):
+    """As USO does for a picture of style."""
+    model, more = tiny("flux"), torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(8))
+
+    def put_before(given):
+        places = torch.zeros_like(given["txt_ids"][:, :3])
+        text, places = torch.cat([more, given["txt"]], 1), torch.cat([places, given["txt_ids"]], 1)
+        return given | {"txt": text, "txt_ids": places}
+
+    negative, positive = tiny_prompt("flux", 5, 2), tiny_prompt("flux", 7, 1)
+    clone = guided(model, negative, guidance("nag"))
+    clone.set_model_patch(put_before, "post_input")
+    recorder = joint_proof.recorded(clone, "flux", positive)
+    truths = joint_proof.expected(model, "flux", recorder, negative, TOKENS, "nag", patches_of_negative={})
+    for answer, truth in zip(recorder.answers, truths, strict=True):
+        assert relative(answer, truth) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen"])

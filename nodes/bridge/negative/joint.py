@@ -17,6 +17,7 @@ from math import ceil
 from typing import Any
 
 import comfy.model_patcher
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -99,24 +100,28 @@ def with_texts(inputs: Inputs, call: Call, masked: bool = False) -> Inputs:
     assert inputs.text is not None
     rows = [each.rows(inputs.text.shape[0]) for each in call.negatives]
     text = torch.cat([inputs.text, *(each["c_crossattn"].to(inputs.text) for each in rows)], 1)
-    masks = [inputs.rest.get("attention_mask"), *(each.get("attention_mask") for each in rows)]
+    own = [each.conds["attention_mask"].cond if "attention_mask" in each.conds else None for each in call.negatives]
+    masks = [inputs.rest.get("attention_mask"), *own]
     if not masked or all(mask is None for mask in masks):
         return replace(inputs, text=text)
-    sizes = [inputs.text.shape[1], *sizes_of(call)]
-    return replace(inputs, text=text, rest={**inputs.rest, "attention_mask": side_by_side(masks, sizes, text)})
+    mask = side_by_side(masks, [inputs.text.shape[1], *sizes_of(call)], text.shape[0])
+    return replace(inputs, text=text, rest={**inputs.rest, "attention_mask": mask})
 
 
-def side_by_side(masks: Sequence[Tensor | None], sizes: Sequence[int], text: Tensor) -> Tensor:
-    """Masks (b, n) of texts as one, of the text's rows: what has none is seen. Floats are added to scores."""
+def side_by_side(masks: Sequence[Tensor | None], sizes: Sequence[int], rows: int) -> Tensor:
+    """Masks (b, n) of texts as one: what has none is seen. Floats are added to scores.
+
+    One row stays one: HunyuanVideo takes no more.
+    """
     known = next(mask for mask in masks if mask is not None)
     seen = 0 if known.is_floating_point() else 1
-    return torch.cat(
-        [
-            known.new_full((text.shape[0], size), seen) if mask is None else mask.to(known).expand(text.shape[0], size)
-            for mask, size in zip(masks, sizes, strict=True)
-        ],
-        1,
-    )
+    if all(mask is None or mask.shape[0] == 1 for mask in masks):
+        rows = 1
+    parts = [
+        known.new_full((rows, size), seen) if mask is None else comfy.utils.repeat_to_batch_size(mask.to(known), rows)
+        for mask, size in zip(masks, sizes, strict=True)
+    ]
+    return torch.cat(parts, 1)
 
 
 def sizes_of(call: Call) -> tuple[int, ...]:
@@ -190,6 +195,8 @@ def hidream(model: Any, inputs: Inputs, call: Call) -> Prepared:
     net, name = model.diffusion_model, "encoder_hidden_states_llama3"  # (b, layers, tokens, width)
     assert inputs.text is not None
     own, rows = inputs.rest[name], [each.rows(inputs.text.shape[0]) for each in call.negatives]
+    if not all(name in each for each in rows):
+        raise ValueError("the negative prompt has no encoding by Llama: encode it with HiDream's own text encoders")
     llama = torch.cat([own, *(each[name].to(own) for each in rows)], 2)
     ready = with_texts(inputs, call)
     edited = inputs.rest.get("image_cond")
