@@ -26,12 +26,12 @@ def why_absent() -> str | None:
     return None
 
 
-def open_comfyui(base: Path, device: str) -> None:
-    """Makes ComfyUI importable in this process, with ``base`` for its models, input and output."""
+def open_comfyui(base: Path, device: str, *more: str) -> None:
+    """Makes ComfyUI importable in this process, with ``base`` for its models, input and output, and ``more`` flags."""
     for folder in ("input", "output", "temp", "user", "models/loras"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(comfyui_path()))
-    flags = ["--cpu"] if device == "cpu" else []
+    flags = [*(["--cpu"] if device == "cpu" else []), *more]
     arguments, sys.argv = sys.argv, ["x", *flags, "--disable-all-custom-nodes", "--base-directory", str(base)]
     try:
         import comfy.options
