@@ -177,7 +177,7 @@ def times(nag: Any, rounds: int) -> list[dict]:
     from comfyui_models import SMALL_FLUX, SMALL_SDXL, fill
 
     small = {
-        "SDXL": ("SDXL", SMALL_SDXL, 4, SMALL_SDXL["context_dim"], 77, {"pooled_output": torch.ones(1, 1280)}),
+        "SDXL": ("SDXL", SMALL_SDXL, 4, SMALL_SDXL["context_dim"], 77, {"pooled_output": torch.ones(1, 128)}),
         "FLUX": ("Flux", SMALL_FLUX, 16, SMALL_FLUX["context_in_dim"], 77,
                  {"pooled_output": torch.ones(1, SMALL_FLUX["vec_in_dim"])}),
     }  # fmt: skip
