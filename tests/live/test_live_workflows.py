@@ -105,6 +105,14 @@ def test_the_prompt_switch_runs_as_shipped_and_says_where_it_switches(server, re
     assert len(first) == len(last) == 4
 
 
+def test_the_negative_prompt_runs_as_shipped(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    result = server.run(to_prompt(workflows(repository)["negative_prompt.json"], server.info))
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    assert sum(len(output.get("images", [])) for output in result["outputs"].values()) >= 2
+
+
 def test_a_threshold_that_a_model_never_reaches_is_refused_in_words(server, repository, shipped_weights):
     from workflow_api import to_prompt
 
