@@ -122,13 +122,7 @@ def plot(rows: list[Row], path: Path) -> None:
         own = [row for row in rows if row.method == method]
         scales = [row.scale for row in own]
         left.errorbar(scales, [row.free[0] for row in own], [row.free[1] for row in own], marker="o", label=method)
-        kept = [min(row.subject[0], row.palette[0]) for row in own]
-        right.plot(
-            [none.free[0], *(row.free[0] for row in own)],
-            [min(none.subject[0], none.palette[0]), *kept],
-            "o-",
-            label=method,
-        )
+        right.plot([row.free[0] for row in (none, *own)], [kept(row) for row in (none, *own)], "o-", label=method)
     left.axhline(none.free[0], color="0.5", linestyle=":", label="no negative")
     for row in rows:
         if row.method == "cfg":
