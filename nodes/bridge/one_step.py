@@ -24,6 +24,7 @@ from torch import Tensor
 from ...training.one_step import FRESH, UNIT, Answer, first_input, generate, inpainting
 from .noise_levels import NoiseLevels
 from .one_step_levels import check_sigmas, levels_to_draw
+from .sound import check_sound
 
 TEXT_WIDTHS = ("context_dim", "context_in_dim", "caption_channels")  # as configurations of families call it
 
@@ -179,6 +180,11 @@ def empty_latent(model: comfy.model_patcher.ModelPatcher, width: int, height: in
 
 def fitting_latent(model: comfy.model_patcher.ModelPatcher, latent: dict) -> dict:
     """A linked LATENT in the model's shape, as stock samplers take it. ValueError for one of another kind of model."""
+    mask = latent.get("noise_mask")
+    if mask is not None and not bool(torch.isfinite(mask).all()):
+        raise ValueError(
+            "the mask of the latent has values that are not finite (NaN or infinite): look at what made it"
+        )
     samples, form = latent["samples"], model.get_model_object("latent_format")
     if not samples.is_nested:
         empty = torch.count_nonzero(samples) == 0
@@ -225,6 +231,7 @@ def check_conditionings(positive: list, negative: list | None, cfg: float) -> No
     """ValueError for guidance that has nothing to guide away from, or encodings of two text encoders."""
     if not positive:
         raise ValueError("the positive conditioning is empty: link a CLIP Text Encode of this model's text encoder")
+    check_sound({"positive": positive, **({"negative": negative} if negative and cfg != 1 else {})})
     if not math.isfinite(cfg):
         raise ValueError(f"cfg is {cfg}: expected a number; 1 is none, and what distilled models are made for")
     if cfg != 1 and not negative:

@@ -169,7 +169,8 @@ def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str
     damage = damage_of(pattern)
     if resume == CONTINUE:
         raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
-    reasons = [f"{found[0].run.name} is not continued: {found[0].obstacle}"] if found else []
+    nearest = _nearest(found) if found else None
+    reasons = [f"{nearest.run.name} is not continued: {nearest.obstacle}"] if nearest else []
     reasons += [damage] if damage else []
     return Choice(None, None, True, "\n".join([*reasons, "A new run begins"]) if reasons else "")
 
@@ -200,10 +201,17 @@ def _refusal(found: list[Found], pattern: str) -> TrainingError:
         return TrainingError(
             f"there is no run of the file name {pattern!r} to continue: set resume to {AUTOMATIC!r} to begin one"
         )
+    nearest = _nearest(found)
+    back = "Put this back, or set" if nearest.differing else "Set"
     return IncompatibleCheckpoint(
-        f"{found[0].run.name} cannot be continued exactly: {found[0].obstacle}. Put this back, or set resume to "
-        f"{ANEW!r}; {AS_IT_IS!r} gives its adapter as it is"
+        f"{nearest.run.name} cannot be continued exactly: {nearest.obstacle}. {back} resume to {ANEW!r}; {AS_IT_IS!r} "
+        "gives its adapter as it is"
     )
+
+
+def _nearest(found: list[Found]) -> Found:
+    """The run that a user most likely means: of the same options, although it cannot go on, or else the last one."""
+    return next((each for each in found if not each.differing), found[0])
 
 
 def new_run(pattern: str, filled: str) -> Run:
@@ -262,6 +270,7 @@ def clear_states(keep: int) -> None:
         try:
             with open_run(run.folder) as directory:
                 directory.forget_state()
+                logger.info("%s is finished and cannot be trained on any longer (keep_checkpoints)", run.name)
                 shutil.rmtree(run.folder / ENCODED, ignore_errors=True)
         except (TrainingError, ValueError, OSError) as error:  # in use, or a disk that refuses: another time
             logger.warning("the checkpoint of %s stays: %s", run.name, error)

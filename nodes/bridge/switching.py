@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .sound import check_sound
 from .thresholds import Thresholds, below
 
 STAIRS = 16  # of a cross-fade, where no steps are known
@@ -55,16 +56,10 @@ def switched(
 
 def check_conditionings(named: Mapping[str, list]) -> None:
     """ValueError names what is no prompt, and prompts of text encoders that do not go together."""
-    widths = {}
-    for name, conditioning in named.items():
-        if not conditioning:
-            raise ValueError(f"{name} is empty: expected a conditioning, as of CLIP Text Encode")
-        for text, _ in conditioning:
-            if text is None:
-                continue
-            if not bool(text.isfinite().all()):
-                raise ValueError(f"{name} contains NaN or infinity: run the text encoder in float32")
-            widths[text.shape[-1]] = name
+    check_sound(named)
+    widths = {
+        text.shape[-1]: name for name, conditioning in named.items() for text, _ in conditioning if text is not None
+    }
     if len(widths) > 1:
         found = ", ".join(f"{name} has {width} numbers a token" for width, name in widths.items())
         raise ValueError(f"the prompts come from different text encoders ({found}): expected all of the model's own")

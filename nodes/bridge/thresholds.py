@@ -77,7 +77,7 @@ def thresholds_of(
     levels = levels_to_draw(sampling)
     _check(sigmas)
     if unit == SHARE and preset == AS_GIVEN:
-        found = _of_shares(read_numbers(text, "the thresholds", parts - 1), sigmas)
+        found = _of_shares(levels, read_numbers(text, "the thresholds", parts - 1), sigmas)
         switch = Switch(tuple(float(levels.log_snr(torch.tensor(sigma))) for sigma in found), edge)
         return Thresholds(switch, found, levels)
     if preset == AS_GIVEN:
@@ -92,6 +92,12 @@ def thresholds_of(
         found = tuple(_single(sigma_of(sampling, levels, value + moved, unit)) for value in values)
     except ValueError as error:
         raise ValueError(f"a threshold is out of reach, so that one part would never act: {error}") from None
+    for value, sigma in zip(values, found, strict=True):
+        if not math.isfinite(_log_snr(levels, sigma)):
+            raise ValueError(
+                f"the threshold {value:g} ({unit}) is pure noise or no noise at all in float32, so that one part would "
+                "never act: expected a level between"
+            )
     return Thresholds(Switch(tuple(_log_snr(levels, sigma) for sigma in found), edge), found, levels, note)
 
 
@@ -127,13 +133,15 @@ def _check(sigmas: Tensor | None) -> None:
         raise ValueError("the sigmas increase: expected those of a sampler that goes from noise to a picture")
 
 
-def _of_shares(shares: Sequence[float], sigmas: Tensor | None) -> tuple[float, ...]:
+def _of_shares(levels: NoiseLevels, shares: Sequence[float], sigmas: Tensor | None) -> tuple[float, ...]:
     """Thresholds after so large a share of the steps. Models' calls within a step count as of that step."""
     if sigmas is None:
         raise ValueError(f"thresholds in {SHARE} need the steps: link sigmas, those that go into the sampler")
     count = len(sigmas) - 1
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f"the shares are {', '.join(f'{s:g}' for s in shares)}: expected numbers between 0 and 1")
+    if not all(math.isfinite(levels.log_snr(sigma).item()) for sigma in sigmas[1:-1]):
+        raise ValueError("the sigmas are none of this model's levels: link those that go into its sampler")
     after = [round(share * count) for share in shares]
     if any(not 0 < step < count for step in after) or any(a >= b for a, b in zip(after, after[1:], strict=False)):
         raise ValueError(

@@ -219,6 +219,8 @@ def test_wrong_inputs(sdxl, prompt, tiny_prompt):
         ({"cfg": float("nan")}, "cfg is nan"),
         ({"cfg": 2.0, "negative": other}, "different text encoders.*16.*32"),
         ({"positive": []}, "positive conditioning is empty"),
+        ({"positive": [[prompt[0][0] * torch.nan, prompt[0][1]]]}, "positive contains NaN"),
+        ({"latent": {**zeros(), "noise_mask": torch.full((1, 8, 8), torch.nan)}}, "mask .* not finite"),
     )  # fmt: skip
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):

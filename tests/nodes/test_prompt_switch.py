@@ -219,6 +219,11 @@ def test_a_patched_schedule_counts(drawn):
         ({"thresholds": "nan"}, "finite"),
         ({"thresholds": "inf"}, "finite"),
         ({"thresholds": "2000", "unit": "time"}, "out of reach"),
+        ({"thresholds": "-50"}, "the threshold -50"),
+        (
+            {"thresholds": "0.5", "unit": "share of steps", "sigmas": torch.tensor([14.0, 7.0, 2.0, 0.0])},
+            "none of this",
+        ),
         ({"thresholds": "0.5", "unit": "share of steps"}, "link sigmas"),
         ({"thresholds": "0.01", "unit": "share of steps", "sigmas": torch.tensor([1.0, 0.5, 0.0])}, "no step"),
         ({"sigmas": torch.tensor([0.0, 1.0])}, "increase"),
@@ -242,6 +247,10 @@ def test_bad_prompts_are_refused(drawn, tiny_prompt):
         switch(draw, [draw.prompts[0], [[torch.zeros(1, 5, 3), {}]]], "-2")
     with pytest.raises(ValueError, match="NaN"):
         switch(draw, [draw.prompts[0], [[draw.prompts[1][0][0] * math.nan, {}]]], "-2")
+    with pytest.raises(ValueError, match="pooled_output"):
+        switch(draw, [draw.prompts[0], [[draw.prompts[1][0][0], {"pooled_output": torch.tensor([[math.nan]])}]]], "-2")
+    with pytest.raises(ValueError, match="shape"):
+        switch(draw, [draw.prompts[0], [[draw.prompts[1][0][0][:, :0], {}]]], "-2")
     with pytest.raises(ValueError, match="empty"):
         switch(draw, [[], draw.prompts[0]], "-2")
 

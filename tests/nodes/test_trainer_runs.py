@@ -367,6 +367,8 @@ def test_only_the_newest_finished_runs_keep_their_checkpoints(train, folders, ca
     train(steps=1, seed=1, keep_checkpoints=1)
     assert (first.run / "checkpoint.safetensors").stat().st_size < size / 2
     assert not (first.run / "adapter.safetensors").exists() and not (first.run / "encoded").exists()
+    with pytest.raises(TrainingError, match=r"mine_00001.*its checkpoint is gone.*Set resume"):  # not the later one
+        train(steps=2, resume="continue")
     again = train(steps=1)
     assert (again.path, again.losses) == (first.path, first.losses)
     with pytest.raises(TrainingError, match="its checkpoint is gone"):
