@@ -1,7 +1,7 @@
 """A style adapter on a model, complete or with a message."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
@@ -109,7 +109,8 @@ class StyleLoRALoader(io.ComfyNode):
         applied = apply_adapter(model, clip, adapter, strengths, warn=warn)
         message = report(adapter.name, applied)
         (logger.warning if applied.homeless or applied.missized or applied.left_out else logger.info)(message)
-        acting = "\n".join([message, *([] if levels is None else [sentence(model, levels)])])
+        strength = strength_text(strength_model, None if clip is None else strength_clip, groups)
+        acting = "\n".join([message, strength, *([] if levels is None else [sentence(model, levels)])])
         info = f"{acting}\n{describe(adapter.file)}"
         # What a file is stands on the node since it was picked (web/adapters.js).
         show_text(cls.hidden.unique_id, acting if stated(lora_name) else info)
@@ -126,6 +127,14 @@ def _warner(name: str, node_id: str | None) -> Callable[[str], None]:
         show_text(node_id, f"{name}: {text}")
 
     return warn
+
+
+def strength_text(model: float, clip: float | None, groups: Mapping[str, float]) -> str:
+    """How much of the adapter is added, in words; ``clip`` None = there is no text encoder."""
+    text = f"with strength {model:g}" + ("" if clip is None else f", {clip:g} in the text encoder")
+    if groups:
+        text += "; times " + ", ".join(f"{factor:g} in {group}" for group, factor in groups.items())
+    return text if model or clip else f"{text}, which is nothing at all"
 
 
 def report(name: str, applied: "Applied") -> str:

@@ -123,6 +123,7 @@ def sentence(model: comfy.model_patcher.ModelPatcher, window: Window) -> str:
             f"acts nowhere: this model knows log_snr from {lowest:.4g} to {highest:.4g}, and the window is from "
             f"{window.low:.4g} to {window.high:.4g}"
         )
+    text += f", coming and going over {window.edge:g} at its ends" if window.edge else ""
     return text + (f", elsewhere with {window.outside:g} of the strength" if window.outside else "")
 
 

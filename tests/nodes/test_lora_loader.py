@@ -304,3 +304,11 @@ def test_a_changed_file_is_read_again(tiny, loras):
     path.write_bytes(path.read_bytes() + b" ")
     assert StyleLoRALoader.fingerprint_inputs(lora_name="one.safetensors") != before
     assert StyleLoRALoader.fingerprint_inputs() is None
+
+
+def test_the_strengths_are_said():
+    from stylewright.nodes.lora_loader import strength_text
+
+    assert strength_text(0.5, None, {}) == "with strength 0.5"
+    assert strength_text(1, 0, {"early": 0.0}) == "with strength 1, 0 in the text encoder; times 0 in early"
+    assert "nothing at all" in strength_text(0, None, {})
