@@ -38,6 +38,16 @@ class Page:
         assert "exceptionDetails" not in answer, json.dumps(answer["exceptionDetails"], indent=1)
         return answer["result"].get("value")
 
+    async def evaluate_again(self, expression: str, times: int = 3):
+        """The same of what may be evaluated several times: a busy page may give up a promise that it was asked for."""
+        for _ in range(times - 1):
+            try:
+                return await self.evaluate(expression)
+            except AssertionError as error:
+                if "Promise was collected" not in str(error):
+                    raise
+        return await self.evaluate(expression)
+
     async def screenshot(self, path: Path) -> None:
         """What is seen now, as a PNG, to look at."""
         answer = await self.send("Page.captureScreenshot", format="png")

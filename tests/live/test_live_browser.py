@@ -27,9 +27,9 @@ def pages(server, repository):
             await page.until(f"({APP})?.graph && {known}?.StyleFriendlySNRTrainer && {known}?.MarkdownNote")
             for file in files:
                 workflow = file.read_text(encoding="utf-8")
-                await page.evaluate(f"({APP}).loadGraphData({workflow})")
+                await page.evaluate_again(f"({APP}).loadGraphData({workflow})")
                 found[file.name] = json.loads(
-                    await page.evaluate(
+                    await page.evaluate_again(
                         f"""(async () => {{
                             const app = {APP}
                             const prompt = await app.graphToPrompt()
