@@ -8,8 +8,9 @@ from comfy_api.latest import io
 
 from ..training.data.captions import listed
 from .lora_file_input import NO_FILE, file_fingerprint, file_input, stated
-from .lora_loader_inputs import ALL_LEVELS, GROUPS, strength_widgets, window_of
+from .lora_loader_inputs import GROUPS, strength_widgets
 from .sockets import LORA
+from .window_inputs import ALL_LEVELS, window_of
 
 if TYPE_CHECKING:
     from .bridge.adapters import Applied

@@ -1,15 +1,10 @@
 """The loader's strengths: by part of the model, and by noise level. Appended to its inputs, in this order for ever."""
 
-from typing import TYPE_CHECKING
-
 from comfy_api.latest import io
 
-if TYPE_CHECKING:
-    from ..training.windows import Window
+from .window_inputs import window_widgets
 
 GROUPS = ("early", "middle", "late", "attention", "mlp")
-ALL_LEVELS, STYLE, CUSTOM = "all noise levels", "where style is made", "from window_low to window_high"
-WIDEST = 20.0  # in log_snr; a limit of the window that is as far out is none
 
 _MEANING = {
     "early": "the first third of the model's blocks",
@@ -47,34 +42,10 @@ def strength_widgets() -> list[io.Input]:
             tooltip="More factors, one line each: a group (text, image, cross, fused, modulation, convolution, other) "
             "or a part of layers' names, where * stands for anything and 0-7 for these numbers.",
         ),
-        io.Combo.Input(
-            "window",
-            options=[ALL_LEVELS, STYLE, CUSTOM],
-            default=ALL_LEVELS,
-            optional=True,
-            advanced=True,
-            tooltip="The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at "
-            "1024x1024, as Style-Friendly SNR Sampler found.",
-        ),
-        io.Float.Input(
-            "window_low",
-            default=-WIDEST,
-            min=-WIDEST,
-            max=WIDEST,
-            step=0.1,
-            optional=True,
-            advanced=True,
-            tooltip="Of a window of your own: the noisiest level, in log_snr. -20 = no limit, from pure noise on.",
-        ),
-        io.Float.Input(
-            "window_high",
-            default=-6.5,
-            min=-WIDEST,
-            max=WIDEST,
-            step=0.1,
-            optional=True,
-            advanced=True,
-            tooltip="Of a window of your own: the cleanest level, in log_snr. 20 = no limit, down to the last step.",
+        *window_widgets(
+            "The noise levels at which the adapter acts. Where style is made: log_snr below -6.52 at 1024x1024, as "
+            "Style-Friendly SNR Sampler found.",
+            high=-6.5,
         ),
         io.Float.Input(
             "window_edge",
@@ -98,19 +69,3 @@ def strength_widgets() -> list[io.Input]:
             "adapter.",
         ),
     ]
-
-
-def window_of(choice: str, model: object, low: float, high: float, edge: float, outside: float) -> "Window | None":
-    """The window that these widgets state; None for all noise levels. ValueError for one without an inside."""
-    import math
-
-    from ..training.windows import Window, style_window
-    from .bridge.families import reference_tokens
-
-    if choice == ALL_LEVELS:
-        return None
-    if choice == STYLE:
-        stated = style_window(reference_tokens(model))
-        return Window(stated.low, stated.high, edge, outside, stated.reference_tokens)
-    low = -math.inf if low <= -WIDEST else low
-    return Window(low, math.inf if high >= WIDEST else high, edge, outside)

@@ -4,8 +4,8 @@ import logging
 
 from comfy_api.latest import io
 
-from .lora_loader_inputs import ALL_LEVELS, WIDEST, window_of
 from .negative_inputs import AUTOMATIC, FROM_FAMILY, chosen, negative_widgets, read_layers
+from .window_inputs import ALL_LEVELS, WIDEST, window_of
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .lora_loader_inputs import ALL_LEVELS, CUSTOM, STYLE, WIDEST
+from .window_inputs import WIDEST, window_widgets
 
 if TYPE_CHECKING:
     from ..training.attention_presets import Preset
@@ -62,34 +62,10 @@ def negative_widgets() -> list[io.Input]:
             tooltip="Of nasa, where image and text share one attention (FLUX, SD3, …): take away only what came from "
             "the negative text. Off, what the image takes from itself shrinks, too.",
         ),
-        io.Combo.Input(
-            "window",
-            options=[ALL_LEVELS, STYLE, CUSTOM],
-            default=ALL_LEVELS,
-            optional=True,
-            advanced=True,
-            tooltip="The noise levels at which the negative prompt acts. Few-step models need all of them; with many "
-            "steps the first quarter has nearly all of the effect.",
-        ),
-        io.Float.Input(
-            "window_low",
-            default=-WIDEST,
-            min=-WIDEST,
-            max=WIDEST,
-            step=0.1,
-            optional=True,
-            advanced=True,
-            tooltip="Of a window of your own: the noisiest level, in log_snr. -20 = no limit, from pure noise on.",
-        ),
-        io.Float.Input(
-            "window_high",
-            default=WIDEST,
-            min=-WIDEST,
-            max=WIDEST,
-            step=0.1,
-            optional=True,
-            advanced=True,
-            tooltip="Of a window of your own: the cleanest level, in log_snr. 20 = no limit, down to the last step.",
+        *window_widgets(
+            "The noise levels at which the negative prompt acts. Few-step models need all of them; with many steps the "
+            "first quarter has nearly all of the effect.",
+            high=WIDEST,
         ),
         io.String.Input(
             "layers",

@@ -17,6 +17,18 @@ logger = logging.getLogger(__name__)
 FURTHER = ("third", "fourth", "fifth", "sixth")  # a chain of nodes takes more
 
 
+def _cross_fade(what: str) -> io.Input:
+    return io.Float.Input(
+        "cross_fade",
+        default=0.0,
+        min=0.0,
+        max=20.0,
+        step=0.1,
+        advanced=True,
+        tooltip=f"Width in log_snr over which {what} 0 = at once.",
+    )
+
+
 def _unit() -> io.Input:
     return io.Combo.Input(
         "unit",
@@ -61,15 +73,9 @@ class PromptSwitchByLogSNR(io.ComfyNode):
                     "belongs to the noisier prompt.",
                 ),
                 _unit(),
-                io.Float.Input(
-                    "cross_fade",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Width in log_snr over which one prompt goes and the next comes, centred on the threshold. "
-                    "Predictions are averaged, which costs a second pass in there. 0 = at once.",
+                _cross_fade(
+                    "one prompt goes and the next comes, centred on the threshold. Predictions are averaged, which "
+                    "costs a second pass in there."
                 ),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="The sampler's steps: shows which of them fall to which prompt."
@@ -139,15 +145,7 @@ class CFGByLogSNR(io.ComfyNode):
                 ),
                 io.String.Input("thresholds", default="-6.52", tooltip="Between the scales, the noisiest first."),
                 _unit(),
-                io.Float.Input(
-                    "cross_fade",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Width in log_snr over which one scale becomes the next. 0 = at once.",
-                ),
+                _cross_fade("one scale becomes the next, centred on the threshold."),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="The sampler's steps: shows which of them have which scale."
                 ),

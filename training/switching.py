@@ -37,10 +37,6 @@ class Switch:
         passed = [1.0, *(self._passed(log_snr - threshold) for threshold in self.thresholds), 0.0]
         return tuple(earlier - later for earlier, later in zip(passed, passed[1:], strict=False))
 
-    def mixed(self, values: tuple[float, ...], log_snr: float) -> float:
-        """The weighted mean of one number for each part."""
-        return sum(value * weight for value, weight in zip(values, self.weights(log_snr), strict=True) if weight)
-
     def _passed(self, distance: float) -> float:
         if self.edge:
             return min(max(distance / self.edge + 0.5, 0.0), 1.0)

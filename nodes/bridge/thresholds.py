@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...training.noise import resolution_shift
+from ...training.noise import PUBLISHED_TOKENS, resolution_shift
 from ...training.switching import Switch
 from .families import latents_per_token
 from .noise_levels import NoiseLevels
-from .one_step_levels import LOG_SNR, UNITS, levels_to_draw, sigma_of
+from .one_step_levels import LOG_SNR, SIGMA, TIME, levels_to_draw, sigma_of
 
 SHARE = "share of steps"
-THRESHOLD_UNITS = (LOG_SNR, "sigma", "time", SHARE)
-assert set(UNITS) <= set(THRESHOLD_UNITS)
-REFERENCE_TOKENS = 4096  # of 1024x1024 in FLUX, which the paper's thresholds are stated for
+THRESHOLD_UNITS = (LOG_SNR, SIGMA, TIME, SHARE)
 # The paper's thresholds are levels of FLUX's schedule of 28 steps at 1024x1024, -8.892 and -6.541, rounded (arXiv
 # 2411.14793v3, Fig. 4). A little noisier than these, so that the steps that it names are on the side that it means.
 PAPER = {"paper: after 3 % (-8.89)": -8.9, "paper: after 10 % (-6.52)": -6.55}
@@ -155,9 +153,11 @@ def _carried(model: Any, latent: dict | None) -> tuple[float, str]:
     """What to add to a log_snr that is stated for 1024x1024, and words for it."""
     if latent is None:
         return 0.0, "stated for 1024x1024: link a latent to have it carried to the size of your pictures"
+    if "samples" not in latent:
+        raise ValueError("the latent has no samples: expected one as of Empty Latent Image or VAE Encode")
     height, width = latent["samples"].shape[-2:]
     tokens = max(1, height * width // latents_per_token(model) ** 2)
-    moved = resolution_shift(tokens, REFERENCE_TOKENS)
+    moved = resolution_shift(tokens, PUBLISHED_TOKENS)
     return moved, f"carried from 1024x1024 to a latent of {width}x{height}: {moved:+.2f} in log_snr"
 
 

@@ -91,6 +91,13 @@ def test_only_the_layers_that_are_asked_for(family, method, tiny, tiny_prompt):
         assert relative(answer, truth) < 1e-5
 
 
+def test_a_layer_that_there_is_not_is_named(family, tiny, tiny_prompt):
+    model, positive, negative = tiny(family), tiny_prompt(family, 7, 1), tiny_prompt(family, 5, 2)
+    clone = guided(model, negative, guidance("nag"), layers=[0, 99])
+    with pytest.raises(ValueError, match=r"has \d+ attentions to text, 0 to \d+: layer 99 is not one"):
+        joint_proof.recorded(clone, family, positive)
+
+
 def test_subtracting_the_picture_too(family, tiny, tiny_prompt):
     model, positive, negative = tiny(family), tiny_prompt(family, 7, 1), tiny_prompt(family, 5, 2)
     recorder = joint_proof.recorded(guided(model, negative, guidance("nasa", text_only=False)), family, positive)

@@ -197,6 +197,8 @@ def test_the_papers_thresholds_part_the_papers_steps(drawn):
     small = {"samples": torch.zeros(1, 16, 64, 64)}
     _, info = switch(draw, draw.prompts[:2], "0", preset="paper: after 10 % (-6.52)", latent=small)
     assert "+1.39" in info
+    with pytest.raises(ValueError, match="latent has no samples"):
+        switch(draw, draw.prompts[:2], "0", preset="paper: after 10 % (-6.52)", latent={})
 
 
 def test_a_patched_schedule_counts(drawn):

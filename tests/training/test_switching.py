@@ -14,7 +14,6 @@ def test_weights_are_a_partition(edge):
         weights = switch.weights(level)
         assert len(weights) == 4 and min(weights) >= 0 and sum(weights) == pytest.approx(1)
     assert switch.weights(-math.inf) == (1, 0, 0, 0) and switch.weights(math.inf) == (0, 0, 0, 1)
-    assert switch.mixed((1.0, 2.0, 3.0, 4.0), 2.0) == 3.0
 
 
 def test_a_cross_fade_is_a_straight_line_around_its_threshold():

@@ -102,10 +102,8 @@ class Gate:
 
         ``layers``: how many attentions to text there are. ValueError where some that are to act are not among them.
         """
-        if layers is not None and self._layers is not None and not set(self._layers) <= set(range(layers)):
-            raise ValueError(
-                f"this model has {layers} attentions to text, 0 to {layers - 1}: layer {max(self._layers)} is not one"
-            )
+        if layers is not None:
+            check_layers(self._layers, layers)
         self._run, self._per_token = run, latents_per_token(model) ** 2
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self._apply)
@@ -192,6 +190,12 @@ class Gate:
             for each, start, end in found[size]
             if (start is None or sigma <= start) and (end is None or sigma >= end)
         ]
+
+
+def check_layers(acting: Collection[int] | None, count: int) -> None:
+    """ValueError where layers that are to act are not among a model's."""
+    if acting and max(acting) >= count:
+        raise ValueError(f"this model has {count} attentions to text, 0 to {count - 1}: layer {max(acting)} is not one")
 
 
 def _positive(guider: Any) -> frozenset | None:

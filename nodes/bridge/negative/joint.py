@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ....training.attention_guidance import AttentionGuidance
 from .conds import Negatives
-from .gate import Call, Gate, Inputs
+from .gate import Call, Gate, Inputs, check_layers
 from .split import IMAGE, OVERRIDE, POSITIVE, Layout, SplitAttention
 
 MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in the sequence
@@ -69,6 +69,8 @@ def by(prepare: Prepare, current: ContextVar[Call | None] | None = None) -> Call
             )
             with told(current, call):
                 answer = go(ready.inputs.with_options(**{OVERRIDE: attention, MARK: True}))
+            if attention.used and not proven:
+                check_layers(call.layers, attention.count)  # how many there are is seen in a call only
             proven = proven or attention.used
             if not proven:  # later calls may be answered from another node's cache
                 raise ValueError(

@@ -124,6 +124,7 @@ class SplitAttention:
     turns: Sequence[Tensor] = ()
     doubles: int = 0
     used: bool = False  # in a joint attention
+    count: int = 0  # of joint attentions, as far as they are numbered
     number: int = 0  # of the next joint attention, where it is counted
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -138,7 +139,7 @@ class SplitAttention:
         heads, mask, options = given.pop("heads"), given.pop("mask", None), given.pop("transformer_options")
         parts = self.layout.parts(q.shape[-2])
         mask = None if mask is None else lengthened(mask, parts)
-        acts = self.call.layers is None or self.call.acts_in(self._number(options))
+        acts = self.call.layers is None or self._acts_in(self._number(options))
         self.used = True
 
         def answer(rows: slice, options: Mapping[str, Any], is_guided: bool) -> Tensor:
@@ -169,6 +170,10 @@ class SplitAttention:
             f"another node has changed how many keys an attention has ({keys} for {queries} queries): "
             "negative prompts inside attention cannot be told apart from them. Remove one of the two"
         )
+
+    def _acts_in(self, layer: int) -> bool:
+        self.count = max(self.count, layer + 1)
+        return self.call.acts_in(layer)
 
     def _number(self, options: Mapping[str, Any]) -> int:
         """Of the layer. SD3 does not say, and every block of it has one joint attention."""
