@@ -168,6 +168,17 @@ def test_ranges_that_a_prompt_has_are_kept_and_a_gap_is_said(drawn, caplog):
     assert "start_percent" in early[0][1], "what came is not changed"
 
 
+def test_a_range_that_begins_late_is_kept(drawn):
+    import nodes
+
+    draw = drawn("flux")
+    (late,) = nodes.ConditioningSetTimestepRange().set_range(draw.prompts[1], 0.5, 1.0)
+    conditioning, _ = switch(draw, [draw.prompts[0], late], "6")
+    assert conditioning[1][1]["timestep_start"] < draw.model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    conditioning, _ = switch(draw, [draw.prompts[0], late], "-6")
+    assert conditioning[1][1]["timestep_start"] == draw.model.get_model_object("model_sampling").percent_to_sigma(0.5)
+
+
 def test_areas_masks_and_strengths_come_along(drawn):
     draw = drawn("flux")
     regional = [[draw.prompts[0][0][0], {**draw.prompts[0][0][1], "area": (8, 8, 0, 0), "strength": 0.7}]]
@@ -296,6 +307,32 @@ def test_scales_equal_a_loop_that_changes_them(family, drawn):
     assert calls == [1.0] * 3 + [3.0] * 3
     assert torch.equal(draw(draw.prompts[0], cfg=7.0, model=model), expected)
     assert torch.equal(draw(draw.prompts[0], cfg=7.0), draw(draw.prompts[0], cfg=7.0, model=draw.model))
+
+
+def test_a_guider_has_its_own_scale_again(drawn):
+    """After a call, and after one that fails."""
+    from types import SimpleNamespace
+
+    from comfy.patcher_extension import WrappersMP
+
+    draw = drawn("flux")
+    model, _ = scaled(draw, "1, 3", "-2")
+    (wrapper,) = model.wrappers[WrappersMP.PREDICT_NOISE]["stylewright.cfg"]
+    guider, seen = SimpleNamespace(cfg=7.0, conds={"negative": []}), []
+
+    class Executor:
+        class_obj = guider
+
+        def __call__(self, x, timestep):
+            seen.append(guider.cfg)
+            if float(timestep[0]) < 0.1:
+                raise RuntimeError("out of memory")
+
+    wrapper(Executor(), None, torch.tensor([0.99]))
+    assert seen == [1.0] and guider.cfg == 7.0
+    with pytest.raises(RuntimeError):
+        wrapper(Executor(), None, torch.tensor([0.05]))
+    assert seen == [1.0, 3.0] and guider.cfg == 7.0
 
 
 def test_a_guider_without_a_negative_prompt_is_named(drawn, caplog):
