@@ -17,6 +17,7 @@ NODES = {1: "StyleLoRALoader", 2: "StyleLoRAResize"}
 NONE = "[from the lora input]"
 SHOWN = """[...document.querySelectorAll('.stylewright.facts')]
     .filter(panel => panel.offsetHeight > 0)
+    .sort((a, b) => a.getBoundingClientRect().left - b.getBoundingClientRect().left)
     .map(panel => ({ words: panel.innerText, failed: panel.querySelectorAll('.failed').length,
         cut: panel.scrollHeight > panel.clientHeight + 1 }))"""
 
