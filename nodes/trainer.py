@@ -59,11 +59,12 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
     @classmethod
     @one_value_each("latents", "conditioning")
     def fingerprint_inputs(cls, resume: str = AUTOMATIC, file_name: str = "", **unused: object) -> object:
-        """A run that is used as it is may have learned more since; otherwise the inputs say everything."""
-        if resume != AS_IT_IS:
-            return None
-        from .bridge.runs import last_written, runs_of
+        """A run that is used as it is may have learned more since; otherwise the inputs say everything, but for files
+        that are gone: what the cache remembers of them is published again."""
+        from .bridge.runs import last_written, lost_adapters, runs_of
 
+        if resume != AS_IT_IS:
+            return lost_adapters(file_name)
         return [(run.name, last_written(run)) for run, _ in runs_of(file_name)]
 
     @classmethod

@@ -40,8 +40,8 @@ def keeping() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip=(
-                "How many finished runs can be trained further. Each checkpoint takes three to five times the space "
-                "of its adapter; of older ones it is deleted. Interrupted runs keep theirs."
+                "How many finished runs of this file name can be trained further. Each checkpoint takes three to five "
+                "times the space of its adapter; of older ones it is deleted. Interrupted runs keep theirs."
             ),
         ),
     ]

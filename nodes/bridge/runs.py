@@ -3,6 +3,7 @@
 Each has a folder below output/stylewright, whose name and number are those of its adapters in models/loras.
 """
 
+import glob
 import json
 import logging
 import shutil
@@ -102,9 +103,17 @@ def runs_of(pattern: str) -> list[tuple[Run, Stored]]:
     return sorted(found, key=lambda pair: (last_written(pair[0]), pair[0].name), reverse=True)
 
 
-def damage_of(pattern: str) -> str:
-    """What is wrong with the runs of a trainer's file name that cannot be read; "" where there is nothing."""
+def damage_of(pattern: str, filled: str) -> str:
+    """What is wrong with the runs of a trainer's file name that cannot be read; "" where there is nothing.
+
+    A run whose record is damaged is known by its folder alone, which the filled-in pattern names.
+    """
     damaged = []
+    for path in sorted(runs_folder().glob(f"{glob.escape(_folder_name(filled))}_*/{RECORD}")):
+        try:
+            _read_record(path)
+        except ValueError as error:
+            damaged.append(f"{error} Its adapters are still in models/loras")
     for run in all_runs():
         if run.pattern == pattern and run.directory.checkpoint.exists():
             try:
@@ -119,10 +128,23 @@ def all_runs() -> Iterator[Run]:
     """Every folder with a record that can be read."""
     for path in sorted(runs_folder().glob(f"*/{RECORD}")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            yield Run(path.parent, record["pattern"], record["adapter"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not the record of a run and is passed over: %s", path, error)
+            yield _read_record(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+
+
+def _read_record(path: Path) -> Run:
+    """The run of a record. ValueError where it cannot be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Run(path.parent, record["pattern"], record["adapter"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the record of a run, which is passed over ({error}).") from error
+
+
+def lost_adapters(pattern: str) -> list[str]:
+    """Runs of a trainer's file name whose adapter somebody has deleted from models/loras since."""
+    return [run.name for run, stored in runs_of(pattern) if stored.step and not published(run.stem, stored.step)]
 
 
 def last_written(run: Run) -> int:
@@ -151,8 +173,8 @@ class Choice:
     notice: str  # for the node and the log; "" = nothing worth saying
 
 
-def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str, Any]) -> Choice:
-    """The run that the options mean.
+def choose(pattern: str, filled: str, resume: str, config: TrainConfig, identity: Mapping[str, Any]) -> Choice:
+    """The run that the options mean. ``filled`` is the pattern with its words, as a new run would take it.
 
     TrainingError where ``resume`` asks for what cannot be: IncompatibleCheckpoint names all that differs.
     """
@@ -166,7 +188,7 @@ def choose(pattern: str, resume: str, config: TrainConfig, identity: Mapping[str
     fitting = [each for each in found if not each.obstacle]
     if fitting:
         return _continued(max(fitting, key=lambda each: each.stored.step))
-    damage = damage_of(pattern)
+    damage = damage_of(pattern, filled)
     if resume == CONTINUE:
         raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
     nearest = _nearest(found) if found else None
@@ -219,7 +241,7 @@ def new_run(pattern: str, filled: str) -> Run:
     require_writable(runs_folder())
     number = first_number(filled)
     while True:
-        run = Run(runs_folder() / f"{filled.replace('/', '-')}_{number:05}", pattern, f"{filled}_{number:05}")
+        run = Run(runs_folder() / f"{_folder_name(filled)}_{number:05}", pattern, f"{filled}_{number:05}")
         try:
             run.folder.mkdir()
         except FileExistsError:
@@ -228,6 +250,10 @@ def new_run(pattern: str, filled: str) -> Run:
                 continue
         run.write_record()
         return run
+
+
+def _folder_name(filled: str) -> str:
+    return filled.replace("/", "-")
 
 
 def _abandoned(run: Run) -> bool:
@@ -259,21 +285,22 @@ def opened(run: Run) -> Iterator[RunDirectory]:
             shutil.rmtree(run.folder, ignore_errors=True)
 
 
-def clear_states(keep: int) -> None:
-    """Of finished runs only the ``keep`` newest keep what it takes to train them further; figures and adapters stay."""
-    finished = []
-    for run in all_runs():
-        stored = _stored(run)
-        if stored and stored.continuable and stored.step == stored.config["steps"]:
-            finished.append(run)
-    for run in sorted(finished, key=last_written, reverse=True)[keep:]:
+def clear_states(pattern: str, keep: int) -> list[str]:
+    """Of a file name's finished runs only the ``keep`` newest keep what it takes to train them further.
+
+    Figures and adapters stay. The names of the runs that were cleared now.
+    """
+    finished = [run for run, stored in runs_of(pattern) if stored.continuable and stored.step == stored.config["steps"]]
+    cleared = []
+    for run in finished[keep:]:
         try:
             with open_run(run.folder) as directory:
                 directory.forget_state()
-                logger.info("%s is finished and cannot be trained on any longer (keep_checkpoints)", run.name)
+                cleared.append(run.name)
                 shutil.rmtree(run.folder / ENCODED, ignore_errors=True)
         except (TrainingError, ValueError, OSError) as error:  # in use, or a disk that refuses: another time
             logger.warning("the checkpoint of %s stays: %s", run.name, error)
+    return cleared
 
 
 def _write(path: Path, text: str) -> None:

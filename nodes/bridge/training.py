@@ -73,7 +73,7 @@ class Job:
     negative: str = ""  # their negative prompt
     resume: str = AUTOMATIC  # one of RESUME
     save_intermediate: bool = False  # the adapter of every checkpoint goes to models/loras too
-    keep_checkpoints: int = 3  # of finished runs, the newest that can be trained further
+    keep_checkpoints: int = 3  # of this file name's finished runs, the newest that can be trained further
     init_lora: dict | None = None  # an adapter to begin with
     answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
     prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
@@ -124,7 +124,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     )
     if start := start_from(model, job.init_lora, config.adapter):
         identity["start"] = start.digest
-    choice = choose(job.file_name, job.resume, config, identity)
+    choice = choose(job.file_name, filled, job.resume, config, identity)
     if choice.notice:
         logger.info(choice.notice)
         progress.noted(choice.notice)
@@ -163,7 +163,8 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
             result = train_within_memory(training, lambda: try_once(host, dataset), trains)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
-    clear_states(job.keep_checkpoints)
+    if cleared := clear_states(job.file_name, job.keep_checkpoints):
+        progress.noted(f"{', '.join(cleared)} cannot be trained further any longer (keep_checkpoints)")
     logger.info("trained %d steps, saved %s", result.steps_done, path)
     also = f"; {describe(sockets.clip)} trained, too" if host.text_encoders else ""
     progress.finished(f"{result.steps_done} steps, saved {path.name}{also}")

@@ -364,6 +364,8 @@ def test_only_the_newest_finished_runs_keep_their_checkpoints(train, folders, ca
     caplog.set_level(logging.INFO)
     first = train(steps=1, keep_checkpoints=1)
     size = (first.run / "checkpoint.safetensors").stat().st_size
+    train(steps=1, name="another", keep_checkpoints=1)
+    assert (first.run / "checkpoint.safetensors").stat().st_size == size  # each file name has its own
     train(steps=1, seed=1, keep_checkpoints=1)
     assert (first.run / "checkpoint.safetensors").stat().st_size < size / 2
     assert not (first.run / "adapter.safetensors").exists() and not (first.run / "encoded").exists()
@@ -419,7 +421,22 @@ def test_a_cancelled_run_can_be_looked_at(train, folders, stopped, monkeypatch):
     assert state_of(train()) == end
     assert seen() != before, "a run that went on is looked at again"
     assert train(resume="use as it is", seed=7).losses == end.losses  # there is none of this seed: the last one
-    assert StyleFriendlySNRTrainer.fingerprint_inputs(resume="automatic", file_name="mine") is None
+
+
+def test_an_adapter_that_was_deleted_is_published_again(train):
+    from stylewright.nodes.trainer import StyleFriendlySNRTrainer
+
+    def fingerprint():  # by which ComfyUI's cache knows whether its result still holds
+        return StyleFriendlySNRTrainer.fingerprint_inputs(resume="automatic", file_name="mine")
+
+    before = fingerprint()
+    first = train(steps=1)
+    assert fingerprint() == before
+    kept = first.path.read_bytes()
+    first.path.unlink()
+    assert fingerprint() != before
+    assert train(steps=1).path.read_bytes() == kept
+    assert fingerprint() == before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -524,5 +541,17 @@ def test_unreadable_runs_are_passed_over(train, folders, caplog):
     caplog.set_level(logging.INFO)
     assert train(steps=2).path.name == "mine_00002_.safetensors"
     assert "A new run begins" in caplog.text and "cannot be read as the checkpoint" in caplog.text
-    assert "is not the record of a run" in caplog.text
+    assert "cannot be read as the record of a run" in caplog.text
     assert (first.run / "checkpoint.safetensors").read_bytes() == b"damaged"
+
+
+def test_a_damaged_record_is_said_and_nothing_of_its_run_touched(train, caplog):
+    caplog.set_level(logging.INFO)
+    first = train(steps=1)
+    (first.run / "run.json").write_text("{")
+    checkpoint = (first.run / "checkpoint.safetensors").read_bytes()
+    second = train(steps=1)
+    assert second.run != first.run and second.path != first.path
+    assert "mine_00001/run.json cannot be read as the record of a run" in caplog.text
+    assert "A new run begins" in caplog.text
+    assert (first.run / "checkpoint.safetensors").read_bytes() == checkpoint

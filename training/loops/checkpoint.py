@@ -127,30 +127,42 @@ class RunDirectory:
         """Drops what only a continuation needs, several times the adapter's size, and the adapter's copy here."""
         result = {name: load_state(self.checkpoint, at=["learner", name]) for name in RESULT}
         content = {**load_state(self.checkpoint, tensors=False), "learner": result}
-        with _disk_errors(self.checkpoint):
+        with self._disk_errors(self.checkpoint):
             save_state(self.checkpoint, content)
         self.adapter.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any]) -> None:
         """Writes the checkpoint. TrainingError where the disk does not take it; the one before is then intact."""
         content = {"config": config_to_table(config), "identity": dict(identity), "learner": state}
-        with _disk_errors(self.checkpoint):
+        with self._disk_errors(self.checkpoint):
             save_state(self.checkpoint, content)
 
     def save_config(self, config: TrainConfig) -> None:
         text = json.dumps(config_to_table(config), indent=2, ensure_ascii=False) + "\n"
-        with _disk_errors(self.config):
+        with self._disk_errors(self.config):
             write_atomically(self.config, lambda temporary: _write_text(temporary, text))
 
     def save_adapter(self, state: Mapping[str, Tensor], about: AdapterMetadata, weights: Weights) -> None:
         """Writes the adapter's file. ``weights`` gives a layer's frozen weight, which some methods' files need."""
-        with _disk_errors(self.adapter):
+        with self._disk_errors(self.adapter):
             save_adapter(self.adapter, state, build_metadata(about), weights=weights)
 
     def save_images(self, step: int, images: Tensor, prompts: Sequence[str] = ()) -> None:
         """Writes pictures (b, 3, h, w) in [0, 1] as PNG, which name their prompts."""
-        with _disk_errors(self.samples):
+        with self._disk_errors(self.samples):
             save_samples(self.samples, step, images, prompts)
+
+    @contextmanager
+    def _disk_errors(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            rest = (
+                "The last checkpoint is intact, and the run can be continued from it"
+                if self.checkpoint.is_file()
+                else "There is no checkpoint to continue from: see what became of the folder"
+            )
+            raise TrainingError(f"Cannot write {path}: {error}. {rest}.") from error
 
 
 @contextmanager
@@ -208,16 +220,6 @@ def require_writable(path: Path) -> None:
         file = next((each for each in (path, *path.parents) if each.is_file()), None)
         why = f"{file} is a file" if file else str(error)
         raise ValueError(f"Cannot write into {path}: {why}. Choose another folder for the run.") from error
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"Cannot write {path}: {error}. The last checkpoint is intact, and the run can be continued from it."
-        ) from error
 
 
 def _write_text(path: Path, text: str) -> None:
