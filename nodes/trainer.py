@@ -13,7 +13,7 @@ from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, links, plain
-from .trainer_more_inputs import fitting, given, keeping, starting, text_encoder
+from .trainer_more_inputs import consistency, fitting, given, keeping, starting, text_encoder
 from .trainer_samples import sampling
 
 
@@ -42,6 +42,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
                 *starting(),
                 *given(),
                 *text_encoder(),
+                *consistency(),
             ],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
@@ -117,6 +118,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         memory: str = MEMORY[0],
         text_encoder_learning_rate: float = 0.0,
         text_encoder_targets: str = "attention",
+        dco_beta: float = 0.0,
         density: StyleDensity | None = None,
         init_lora: dict | None = None,
         latents: list[dict] | None = None,
@@ -158,6 +160,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             ),
             text_encoder_learning_rate=text_encoder_learning_rate,
             text_encoder_targets=text_encoder_targets,
+            dco_beta=dco_beta or None,
             density=DensityConfig() if density is None else density.config,
         )
         job = Job(

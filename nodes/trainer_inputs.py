@@ -9,7 +9,7 @@ from ..training.adapters.methods import METHODS
 from ..training.adapters.targets import TARGETS
 from ..training.loops.config import AUTOMATIC_PRECISION, PRECISIONS
 from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
-from ..training.losses import LOSSES
+from ..training.losses import CHOICES as LOSS_CHOICES
 from ..training.weightings import WEIGHTINGS
 from .sockets import DATASET, DENSITY
 
@@ -226,7 +226,12 @@ def advanced() -> list[io.Input]:
             "dropout", default=0.0, min=0.0, max=0.95, step=0.01, advanced=True, tooltip="Dropout within the adapter."
         ),
         io.Combo.Input(
-            "loss", options=list(LOSSES), default="mse", advanced=True, tooltip="How a prediction's error is measured."
+            "loss",
+            options=list(LOSS_CHOICES),
+            default="mse",
+            advanced=True,
+            tooltip="How a prediction's error is measured. dco: how much smaller it is than the base model's, which "
+            "keeps the adapter near it; takes a third longer. See dco_beta.",
         ),
         io.Combo.Input(
             "weighting",

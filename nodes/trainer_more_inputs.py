@@ -1,4 +1,4 @@
-"""Inputs of the trainer that came later: runs that go on, memory, other beginnings, text encoders.
+"""Inputs of the trainer that came later: runs that go on, memory, other beginnings, text encoders, DCO.
 
 Each is optional, with its default in ``execute`` too, so that prompts from before it run as they did. Add at the end.
 """
@@ -124,5 +124,22 @@ def text_encoder() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Layers of the text encoders: attention, as in diffusers, or all, with the MLPs, as in kohya's.",
+        ),
+    ]
+
+
+def consistency() -> list[io.Input]:
+    """The widget of the loss that the base model takes part in."""
+    return [
+        io.Float.Input(
+            "dco_beta",
+            default=0.0,
+            min=0.0,
+            max=1e6,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="Of the loss dco: how soon doing better than the base model is enough. 0 = what is published: 1000 "
+            "for SD and SDXL, 1 for SD3, FLUX and other flows.",
         ),
     ]

@@ -53,7 +53,7 @@ def options(**changes):
         "resume": "automatic", "save_intermediate": False, "keep_checkpoints": 3,
         "sample_sampler": "euler", "sample_scheduler": "simple", "sample_seed": 0, "sample_negative": "",
         "sample_width": 0, "sample_height": 0, "memory": "automatic", "init_lora": None,
-        "text_encoder_learning_rate": 0.0, "text_encoder_targets": "attention",
+        "text_encoder_learning_rate": 0.0, "text_encoder_targets": "attention", "dco_beta": 0.0,
     }  # fmt: skip
     assert not changes.keys() - plain.keys()
     return plain | changes

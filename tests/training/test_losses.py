@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from gaussian import GaussianDenoiser
@@ -68,6 +70,58 @@ def test_shapes_that_would_broadcast_are_refused():
         losses.mse(pred, target, torch.ones(3, 5, 6))
     with pytest.raises(ValueError, match="mask of shape"):
         losses.mse(pred, target, torch.ones(3, 1, 6, 5))
+
+
+# ---- Direct Consistency Optimization
+
+
+def trio(seed=0):
+    """A prediction, its target, and what the base predicts."""
+    return torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("beta", [1.0, 1000.0])
+def test_at_the_base_dco_is_log_2_with_half_of_beta_times_the_gradient_of_mse(beta):
+    pred, target, _ = trio()
+    pred.requires_grad_()
+    loss = losses.direct_consistency(pred, target, pred.detach().clone(), beta)
+    assert loss.tolist() == pytest.approx([math.log(2)] * 3)
+    (found,) = torch.autograd.grad(loss.sum(), pred)
+    (expected,) = torch.autograd.grad(losses.mse(pred, target).sum(), pred)
+    torch.testing.assert_close(found, beta / 2 * expected)
+
+
+def test_no_gradient_goes_into_the_base():
+    pred, target, base = (tensor.requires_grad_() for tensor in trio())
+    losses.direct_consistency(pred, target, base, 1.0).sum().backward()
+    assert pred.grad is not None and base.grad is None
+
+
+def test_dco_is_below_log_2_exactly_where_the_adapter_beats_the_base():
+    for seed in range(20):
+        pred, target, base = trio(seed)
+        better = losses.mse(pred, target) < losses.mse(base, target)
+        assert torch.equal(losses.direct_consistency(pred, target, base, 3.0) < math.log(2), better)
+
+
+def test_dco_is_of_each_sample_with_its_own_beta_and_mask():
+    pred, target, base = trio()
+    mask = torch.rand(3, 1, 5, 6, generator=torch.Generator().manual_seed(1)).round()
+    beta = torch.tensor([0.5, 2.0, 30.0])
+    together = losses.direct_consistency(pred, target, base, beta, mask)
+    for i in range(3):
+        gain = losses.mse(pred, target, mask)[i] - losses.mse(base, target, mask)[i]
+        assert together[i].item() == pytest.approx(-torch.sigmoid(-beta[i] * gain).log().item(), rel=1e-5)
+    torch.testing.assert_close(together, losses.direct_consistency(pred, target, base, beta, 0.1 * mask))
+
+
+def test_dco_stays_finite_far_from_the_base_and_saturates():
+    pred, target, base = trio()
+    far = losses.direct_consistency(base + 100, target, base, 1000.0)
+    assert far.isfinite().all() and (far > 1e6).all()
+    best = target.clone().requires_grad_()
+    losses.direct_consistency(best + 1e-3 * pred, target, base + 100, 1000.0).sum().backward()
+    assert best.grad.abs().max() == 0  # far better than the base: nothing is left to learn
 
 
 # ---- with Gaussian data the best denoiser is known exactly

@@ -8,7 +8,7 @@ from typing import Any
 from ..adapters.methods import AdapterConfig
 from ..adapters.targets import TEXT_TARGETS
 from ..density_presets import DensityConfig, preset_density
-from ..losses import LOSSES
+from ..losses import CHOICES as LOSS_CHOICES
 from ..weightings import WEIGHTINGS
 from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_rates
 from .tables import from_table, to_table
@@ -39,7 +39,7 @@ class TrainConfig:
     warm_up: int = 0  # steps of linear growth of the learning rate; not in the paper
     clip_norm: float = 1.0  # largest norm of the gradient, 0 = no limit; not in the paper, diffusers' default
     ema_decay: float = 0.0  # of a moving average of the adapter, which is then what is saved; 0 = none
-    loss: str = "mse"  # a key of LOSSES
+    loss: str = "mse"  # one of losses.CHOICES
     weighting: str = "none"  # a key of WEIGHTINGS
     offset_noise: float = 0.0  # standard deviation; 0.01 is in use for FLUX
     precision: str = "float32"  # of the adapter's arithmetic: "bfloat16" = autocast. Its weights are always float32
@@ -57,6 +57,7 @@ class TrainConfig:
     # they are. diffusers' DreamBooth scripts for LoRA take 5e-6 by default. Not in the paper.
     text_encoder_learning_rate: float = 0.0
     text_encoder_targets: str = "attention"  # a key of TEXT_TARGETS
+    dco_beta: float | None = None  # of the loss "dco", for means over a sample's elements; None = losses.dco_beta
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
 
@@ -69,6 +70,8 @@ class TrainConfig:
         _require(self, "text_encoder_learning_rate", 0 <= rate < math.inf, "0 for none, or a rate such as 5e-6")
         for name, table in _CHOICES.items():
             _require(self, name, getattr(self, name) in table, f"one of {', '.join(table)}")
+        states_beta = self.dco_beta is None or 0 < self.dco_beta < math.inf
+        _require(self, "dco_beta", states_beta, "a positive number, for example 1000, or nothing for the published one")
         _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number, for example 1e-4")
         _require(self, "warm_up", 0 <= self.warm_up < self.steps, f"0 or more, and less than steps={self.steps}")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1, for example 0.99")
@@ -101,7 +104,7 @@ def config_from_table(table: Mapping[str, Any]) -> TrainConfig:
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "scheduler": SCHEDULES,
-    "loss": LOSSES,
+    "loss": LOSS_CHOICES,
     "weighting": WEIGHTINGS,
     "precision": PRECISIONS,
     "memory": MEMORY,

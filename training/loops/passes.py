@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters.attach import Adapter
 from ..denoiser import Conditioning, Denoiser
-from ..losses import LOSSES
+from ..losses import DCO, LOSSES, dco_beta, direct_consistency
 from ..noise import add_noise
 from ..predictions import target
 from ..weightings import WEIGHTINGS
@@ -35,18 +35,30 @@ def learn_from(
     wanted = target(denoiser.prediction, denoiser.process, batch.x0, batch.eps, batch.log_snr)
     with adapter.dropout(source):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            if batch.of_base:
-                wanted = _without(adapter, denoiser, x_t, batch)
+            base = _without(adapter, denoiser, x_t, batch) if batch.of_base or config.loss == DCO else None
             prediction = denoiser(x_t, batch.log_snr, batch.conditioning)
-        losses = LOSSES[config.loss](prediction, wanted, batch.mask)
-        losses = losses * WEIGHTINGS[config.weighting](batch.log_snr, denoiser.prediction, denoiser.process)
+        losses = _losses(prediction, wanted, base, batch, denoiser, config)
         losses = losses if batch.weights is None else losses * batch.weights
         (losses.mean() / config.accumulation).backward()
     return losses
 
 
+def _losses(
+    prediction: Tensor, wanted: Tensor, base: Tensor | None, batch: Noised, denoiser: Denoiser, config: TrainConfig
+) -> Tensor:
+    """Of each sample (b,), weighted by noise level. DCO's weight is within its beta, as in the objective that it is
+    derived from (Diffusion-DPO, arXiv 2311.12908, Eq. 14), which has beta times the weight of the level."""
+    weights = WEIGHTINGS[config.weighting](batch.log_snr, denoiser.prediction, denoiser.process)
+    if base is not None and batch.of_base:
+        wanted = base
+    if base is None or config.loss != DCO:
+        return LOSSES[config.loss](prediction, wanted, batch.mask) * weights
+    beta = dco_beta(denoiser.process) if config.dco_beta is None else config.dco_beta
+    return direct_consistency(prediction, wanted, base, beta * weights, batch.mask)
+
+
 @torch.no_grad()
 def _without(adapter: Adapter, denoiser: Denoiser, x_t: Tensor, batch: Noised) -> Tensor:
-    """What the model answers without its adapter, (b, c, h, w): the target that preserves it."""
+    """What the model answers without its adapter, (b, c, h, w): the target that preserves it, and DCO's measure."""
     with adapter.enabled(False):
         return denoiser(x_t, batch.log_snr, batch.conditioning)

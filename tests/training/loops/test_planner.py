@@ -131,6 +131,21 @@ def test_products_are_those_of_training(surveyed):
         assert any(found.flops(1, area, saving) == pytest.approx(cost.flops, rel=1e-3) for area in areas)
 
 
+def test_a_plan_knows_of_the_base_s_pass():
+    config = options(loss="dco", steps=2)
+    plan, found = survey(config)
+    for saving in (Saving(), Saving(frozenset({0, 2})), Saving(frozenset({ALL}))):
+        foretold = found.activations(2, AREA, saving) + plan.adapter
+        assert foretold == pytest.approx(trained_bytes(config, saving), rel=0.04)
+        with Footprint() as cost:
+            train(Denoiser(), dataset(16, 16), replace(config, steps=1), run_dir=None, saving=saving)
+        with Footprint() as plain:
+            train(Denoiser(), dataset(16, 16), options(steps=1), run_dir=None, saving=saving)
+        _, other = survey(options(steps=2))
+        ratio = found.flops(2, AREA, saving) / other.flops(2, AREA, saving)
+        assert 1.2 < ratio == pytest.approx(cost.flops / plain.flops, rel=0.03)
+
+
 def test_no_more_is_recomputed_than_need_be(surveyed):
     _, found = surveyed
     counts = []
