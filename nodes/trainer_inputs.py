@@ -107,7 +107,8 @@ def plain() -> list[io.Input]:
             default="style",
             tooltip=(
                 "Which layers are adapted. style: the paper's list for FLUX, its kin and SD3.5, attention layers for "
-                "SD1.5, SDXL and PixArt, the layers of the blocks elsewhere."
+                "SD1.5, SDXL and PixArt, the layers of the blocks elsewhere. kv_text: keys and values of the text, "
+                "FineStyle's. kv_both: keys and values of text and picture."
             ),
         ),
         io.Int.Input(

@@ -14,6 +14,7 @@ from tiny_models import TINY, is_known, tiny_model
 
 from stylewright.nodes.bridge.families import FAMILIES, REFUSED, family_of, latents_per_token, refuse_untrainable
 from stylewright.nodes.bridge.noise_levels import noise_levels
+from stylewright.training.adapters.keys_values import own_places, rows_of
 from stylewright.training.adapters.targets import TARGETS, grouped, resolve_targets, target_patterns
 from stylewright.training.formats.contents import read_adapter
 from stylewright.training.noise import add_noise
@@ -113,6 +114,35 @@ def test_presets_find_layers_and_style_is_within_all(family):
     assert all(set(layers) <= set(found["all"]) for layers in found.values())
     assert set(found.get("cross-attention", found["attention"])) <= set(found["attention"])
     assert not any("norm" in name or "embed" in name or ".mod" in name for name in grouped(found["all"]))
+    assert set(found["kv_text"]) <= set(found["kv_both"]) <= set(found["attention"])
+    sizes = [network.get_submodule(name) for name in found["kv_both"]]
+    rows = [
+        rows_of(name, layer.in_features, layer.out_features)
+        for name, layer in zip(found["kv_both"], sizes, strict=True)
+    ]
+    assert all(
+        part is None or (part[0].stop == part[1].start and part[1].stop <= layer.out_features)
+        for part, layer in zip(rows, sizes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "sd3", "lumina2", "hunyuan-dit"])
+@pytest.mark.parametrize("preset", ["kv_text", "kv_both"])
+def test_keys_and_values_alone_for_the_stock_loader(family, preset, tmp_path):
+    parts = proof.load(family)
+    before = proof.answer(parts.model, parts)
+    path = proof.train(parts, tmp_path, targets=preset)
+    trained, stock = proof.answer_as_trained(parts, path), proof.answer_of_stock_loader(parts, path)
+    file = read_adapter(path)
+    assert stock.unmatched == () and stock.layers == len(file.layers)
+    assert proof.relative(trained, before) > 1e-3
+    assert proof.relative(stock.answer, trained) < 1e-3
+    for name, layer in file.layers.items():
+        b, a = layer.tensors["B"], layer.tensors["A"]
+        rows = rows_of(name, a.shape[1], len(b))
+        if rows is not None:  # two adapters in one: nothing of queries, nothing of one's columns in the other's rows
+            assert torch.equal(b != 0, (b != 0) & own_places(rows, len(b), len(a) // 2))
+            assert all(b[part.start : part.stop].any() for part in rows)
 
 
 def test_every_class_of_this_comfyui_is_trained_or_refused_by_name():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..frozen import frozen_products, is_readable
 from ..randomness import generator
 from .deltas import recomputed_deltas
+from .keys_values import Rows, keep_to, own_places, stacked_rows
 from .low_rank import low_rank_products
 from .methods import READS_WEIGHTS, AdapterConfig, check_layers, peft_config
 from .stand_in import StandIn, needs_stand_in, stand_in
@@ -140,14 +141,18 @@ def attached(
     layer, or a model that carries a peft adapter already.
     """
     names = layers_to_adapt(module, config, family=family)
+    stacked = stacked_rows(config.targets, {name: module.get_submodule(name) for name in names})
     _refuse_unreadable(module, config, names)
     with frozen_products(module), _restored(module, names):
-        layers = _inject(module, config, names)
+        layers = _inject(module, config, names, stacked)
         tensors = {prefix + name: tensor for name, tensor in _tensors(module, layers).items()}
         for name, tensor in tensors.items():
             _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
         for layer in layers.values():
             _measure_magnitudes(layer)
+        for name, rows in stacked.items():
+            second = tensors[f"{prefix}{name}.lora_B.weight"]
+            keep_to(second, own_places(rows, len(second), config.rank))
         with low_rank_products(layers.values()), recomputed_deltas(layers.values()):
             yield Adapter(config, {prefix + name: layer for name, layer in layers.items()}, tensors)
 
@@ -234,13 +239,15 @@ def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
             module.peft_config = adapters
 
 
-def _inject(module: nn.Module, config: AdapterConfig, names: list[str]) -> dict[str, "BaseTunerLayer"]:
+def _inject(
+    module: nn.Module, config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows]
+) -> dict[str, "BaseTunerLayer"]:
     """Lets peft wrap the layers. What it draws for them is thrown away, and the global generators put back."""
     from peft import inject_adapter_in_model
 
     shown = _stand_ins(module, names)
     with torch.random.fork_rng(_cuda_devices(module.parameters())):
-        inject_adapter_in_model(peft_config(config, names), module)
+        inject_adapter_in_model(peft_config(config, names, stacked), module)
     layers = {name: module.get_submodule(name) for name in names}
     for layer in layers.values():
         layer.eval()

@@ -4,9 +4,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from . import keys_values
+from .keys_values import Rows, stacked_rows
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,9 +61,17 @@ INITS = ("gaussian", "uniform")
 
 
 def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
-    """ValueError naming the first layer that is too small for the rank, or whose inputs the method cannot divide."""
+    """ValueError naming the first layer that is too small for the rank, or that the method cannot be on."""
+    stacked = stacked_rows(config.targets, layers)
+    if stacked and config.method not in keys_values.METHODS:
+        raise ValueError(
+            f"{config.targets} adapts keys and values alone, which the layer {next(iter(stacked))} has in one with "
+            f"others, and {config.method} cannot be on some of a layer's rows: choose "
+            f"{' or '.join(keys_values.METHODS)}, or other targets"
+        )
     for name, layer in layers.items():
         outputs, inputs = _sizes(layer)
+        outputs = min(map(len, stacked[name])) if name in stacked else outputs
         if config.rank > min(outputs, inputs):
             raise ValueError(
                 f"rank {config.rank} is larger than the smaller side of the layer {name}, "
@@ -79,11 +91,18 @@ def _sizes(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def peft_config(config: AdapterConfig, names: list[str]) -> "PeftConfig":
-    """The peft configuration that puts an adapter on exactly these layers."""
+def peft_config(
+    config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows] = MappingProxyType({})
+) -> "PeftConfig":
+    """The peft configuration that puts an adapter on exactly these layers, and two in one on those ``stacked``."""
     # A string is matched whole; peft matches the entries of a list against the ends of names.
-    targets = "|".join(map(re.escape, names))
-    return METHODS[config.method](config, targets)
+    found = METHODS[config.method](config, "|".join(map(re.escape, names)))
+    if stacked:
+        # At twice the rank, the scale stays that of one: alpha/rank, for rslora alpha/sqrt(rank).
+        factor = 2**0.5 if config.method == "rslora" else 2
+        found.rank_pattern = {rf"\A{re.escape(name)}": 2 * config.rank for name in stacked}
+        found.alpha_pattern = {rf"\A{re.escape(name)}": factor * config.scale_alpha for name in stacked}
+    return found
 
 
 def _lora(config: AdapterConfig, targets: str, use_rslora: bool = False, use_dora: bool = False) -> "PeftConfig":

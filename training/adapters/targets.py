@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..frozen import is_multiplying
+from .keys_values import KV_BOTH, KV_TEXT, SEPARATE, SINGLE, STACKED
 
 ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -23,13 +24,15 @@ _REFERENCES = r"ref_image_refiner|visual"
 _MIXING = rf"(?i:(?!(?:.*\.)?(?:{_STEERING}|{_CONVOLUTION}|{_REFERENCES})(?:\.|\Z)))(?!.*\.\d+\.\d+\Z)(?:.*\.)?\d+\..+"
 
 
-def _mixing(*, under: str = "", of: str = "") -> str:
-    """These layers, where names begin with ``under``, and have a part ``of``."""
-    return rf"\A(?={under})" * bool(under) + rf"\A(?=(?:.*\.)?(?:{of})\.)" * bool(of) + rf"\A{_MIXING}"
+def _mixing(*, under: str = "", of: str = "", ending: str = "") -> str:
+    """These layers, where names begin with ``under``, have a part ``of`` before their end, and end so."""
+    begins, has = rf"\A(?={under})" * bool(under), rf"\A(?=(?:.*\.)?(?:{of})\.)" * bool(of)
+    return begins + has + rf"\A(?=(?:.*\.)?(?:{ending})\Z)" * bool(ending) + rf"\A{_MIXING}"
 
 
 _GENERIC = _mixing()
 _ATTENTION_PARTS = r"\w*attn\w*|\w*attention\w*"
+_KV = rf"{SEPARATE}|{STACKED}"
 
 _TO_QKV_OUT = r"to_(?:q|k|v|out\.0)"
 _UNET_ATTENTION = rf"transformer_blocks\.\d+\.attn[12]\.{_TO_QKV_OUT}"
@@ -51,6 +54,25 @@ _SD3_TEXT = (
 
 OTHER = "other"
 
+
+def _kv(text: str | None = None, both: str = _mixing(of=_ATTENTION_PARTS, ending=_KV)) -> dict[str, tuple[str, ...]]:
+    """Keys and values: where the picture meets the text, and everywhere. ``text`` None = they share their layers."""
+    return {KV_TEXT: (text or both,), KV_BOTH: (both,)}
+
+
+def _crossing(of: str) -> dict[str, tuple[str, ...]]:
+    """The same of a family with layers of cross-attention, whose names have a part ``of``."""
+    return {"cross-attention": (_mixing(of=of),), **_kv(_mixing(of=of, ending=_KV))}
+
+
+_FLUX_KV_TEXT = r"transformer_blocks\.\d+\.attn\.add_[kv]_proj|double_blocks\.\d+\.txt_attn\.qkv"
+_FLUX_KV = (
+    rf"(?:single_)?transformer_blocks\.\d+\.attn\.to_[kv]|{_FLUX_KV_TEXT}"
+    rf"|double_blocks\.\d+\.img_attn\.qkv|{SINGLE}"
+)
+_SD3_KV_TEXT = r"transformer_blocks\.\d+\.attn\.add_[kv]_proj|joint_blocks\.\d+\.context_block\.attn\.qkv"
+_SD3_KV = rf"transformer_blocks\.\d+\.attn2?\.to_[kv]|{_SD3_KV_TEXT}|joint_blocks\.\d+\.x_block\.attn2?\.qkv"
+
 # family -> preset -> patterns. Every family has "style", the default, and "all".
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": {
@@ -59,28 +81,35 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         "style": (_FLUX_IMAGE, _FLUX_TEXT, _FLUX_SINGLE_IN, _FLUX_SINGLE_OUT),
         "attention": (_FLUX_IMAGE, _FLUX_TEXT, _FLUX_TEXT_OUT, _FLUX_SINGLE_QKV),
         "image-attention": (_FLUX_IMAGE,),
+        **_kv(_FLUX_KV_TEXT, _FLUX_KV),
         "all": (_GENERIC,),
     },
     "sd3": {
         "style": (_SD3_IMAGE, _SD3_TEXT),  # the same figure, for SD3.5
         "attention": (_SD3_IMAGE, _SD3_TEXT),
         "image-attention": (_SD3_IMAGE,),  # costs 0.027 DINO there (table S3)
+        **_kv(_SD3_KV_TEXT, _SD3_KV),
         "all": (_GENERIC,),
     },
     "sdxl": {
         "style": (_UNET_ATTENTION,),
         "attention": (_UNET_ATTENTION,),
         "cross-attention": (rf"transformer_blocks\.\d+\.attn2\.{_TO_QKV_OUT}",),
+        **_kv(r"transformer_blocks\.\d+\.attn2\.to_[kv]", r"transformer_blocks\.\d+\.attn[12]\.to_[kv]"),
         "all": (_GENERIC,),
     },
     "pixart": {
         "style": (_PIXART_SELF, _PIXART_CROSS),
         "attention": (_PIXART_SELF, _PIXART_CROSS),
         "cross-attention": (_PIXART_CROSS,),
+        **_kv(
+            r"transformer_blocks\.\d+\.attn2\.to_[kv]|blocks\.\d+\.cross_attn\.kv_linear",
+            r"transformer_blocks\.\d+\.attn[12]\.to_[kv]|blocks\.\d+\.(?:attn\.qkv|cross_attn\.kv_linear)",
+        ),
         "all": (_GENERIC,),
     },
     # Elsewhere trainers agree on every layer of the network's own blocks, attention and MLP alike.
-    OTHER: {"style": (_GENERIC,), "attention": (_mixing(of=_ATTENTION_PARTS),), "all": (_GENERIC,)},
+    OTHER: {"style": (_GENERIC,), "attention": (_mixing(of=_ATTENTION_PARTS),), **_kv(), "all": (_GENERIC,)},
 }
 
 
@@ -89,17 +118,18 @@ def _own(under: str, **more: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {
         "style": (_mixing(under=under),),
         "attention": (_mixing(under=under, of=_ATTENTION_PARTS),),
+        **_kv(both=_mixing(under=under, of=_ATTENTION_PARTS, ending=_KV)),
         **more,
         "all": (_GENERIC,),
     }
 
 
-_CROSS_ATTENTION = (_mixing(of=r"attn2|cross_attn|cross_attention"),)
-_CROSSING = {**TARGETS[OTHER], "cross-attention": _CROSS_ATTENTION}
+_CROSSING = {**TARGETS[OTHER], **_crossing(r"attn2|cross_attn|cross_attention")}
 # Two streams, of picture and text, that meet in attention only.
 _TWO_STREAMS = {
     **TARGETS[OTHER],
     "image-attention": (rf"transformer_blocks\.\d+\.attn\.(?:{_TO_QKV_OUT}|img_qkv)",),
+    **_kv(r"transformer_blocks\.\d+\.attn\.(?:add_[kv]_proj|txt_qkv)"),
 }
 TARGETS |= dict.fromkeys(("sd15", "sd21", "sdxl-refiner"), TARGETS["sdxl"])
 # FLUX's architecture and names of layers. HunyuanVideo's text refiner is in "all" only.
@@ -110,14 +140,36 @@ TARGETS |= dict.fromkeys(("wan21", "wan22", "ltxv", "hunyuan-dit", "cosmos-predi
 TARGETS |= dict.fromkeys(("kandinsky5", "kandinsky5-image"), _CROSSING)
 TARGETS |= dict.fromkeys(("lumina2", "z-image", "z-image-pixel"), _own(r"layers\."))
 TARGETS |= {
-    "anima": _own(r"blocks\.", **{"cross-attention": (_mixing(under=r"blocks\.", of="cross_attn"),)}),
+    "anima": _own(
+        r"blocks\.",
+        **{
+            "cross-attention": (_mixing(under=r"blocks\.", of="cross_attn"),),
+            KV_TEXT: (_mixing(under=r"blocks\.", of="cross_attn", ending=_KV),),
+        },
+    ),
     "krea2": _own(r"blocks\."),
     # Of its experts each sees a few of a picture's tokens, and many none.
-    "hidream": {**_own(r"\w+_stream_blocks\."), "style": (_mixing(of=r"attn1|shared_experts|ff_t"),)},
+    "hidream": {
+        **_own(r"\w+_stream_blocks\."),
+        "style": (_mixing(of=r"attn1|shared_experts|ff_t"),),
+        KV_TEXT: (_mixing(ending=r"to_[kv]_t"),),
+    },
     "hidream-o1": _own(r"language_model\."),
-    "cosmos": {**TARGETS[OTHER], "cross-attention": (r"blocks\.1\.block\.attn\.to_(?:q|k|v|out)\.0",)},
-    "cogvideox": {**TARGETS[OTHER], "attention": (r"blocks\.\d+\.(?:q|k|v|attn_out)",)},
+    "cosmos": {
+        **TARGETS[OTHER],
+        "cross-attention": (r"blocks\.1\.block\.attn\.to_(?:q|k|v|out)\.0",),
+        KV_TEXT: (r"blocks\.1\.block\.attn\.to_[kv]\.0",),
+    },
+    "cogvideox": {
+        **TARGETS[OTHER],
+        "attention": (r"blocks\.\d+\.(?:q|k|v|attn_out)",),
+        **_kv(both=r"blocks\.\d+\.[kv]"),
+    },
+    "auraflow": {**TARGETS[OTHER], KV_TEXT: (r"double_layers\.\d+\.attn\.w1[kv]",)},
+    "boogu": {**TARGETS[OTHER], KV_TEXT: (_mixing(ending=r"instruct_to_[kv]"),)},
+    "joyimage": {**TARGETS[OTHER], KV_TEXT: (_mixing(ending="txt_attn_qkv"),)},
 }
+TARGETS["mochi"] = TARGETS["pixeldit"] = {**TARGETS[OTHER], KV_TEXT: (_mixing(ending="qkv_y"),)}
 
 
 _CLIP_ATTENTION = r"layers\.\d+\.self_attn\.(?:q|k|v|out)_proj"

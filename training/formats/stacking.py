@@ -16,14 +16,14 @@ def split(layer: Layer, parts: int, present: Sequence[bool] | None = None) -> tu
     """Layers for the stacked parts of a fused one: all have as many rows as it has inputs, the last has the rest.
 
     What :func:`merged` made comes apart again at its own ranks, with None for a part that is not ``present``
-    (None = all are). Any other adapter shares its input side.
+    (None = all are that do anything). Any other adapter shares its input side.
     """
     if layer.method == "oft":
         return (layer,) * parts
     sizes = [layer.inputs] * (parts - 1) + [layer.outputs - layer.inputs * (parts - 1)]
     ends = [sum(sizes[: index + 1]) for index in range(parts)]
     pieces = [rows(layer, range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
-    return _at_own_ranks(pieces, present or [True] * parts) or tuple(pieces)
+    return _at_own_ranks(pieces, present or _acting(pieces)) or tuple(pieces)
 
 
 def merged(layers: Sequence[Layer | None]) -> Layer | None:
@@ -114,6 +114,13 @@ def _whole_blocks(index: Tensor, size: int) -> Tensor:
 def _missing_rows(index: int, parts: int, inputs: int) -> int:
     """Rows of a part without an adapter: as many as inputs, but FLUX's MLP, the last of four, has four times those."""
     return 4 * inputs if parts == 4 and index == 3 else inputs
+
+
+def _acting(pieces: Sequence[Layer]) -> list[bool]:
+    """Which parts are changed; all, where none is."""
+    outer = [name for name, _ in INNER.get(pieces[0].method, ())]
+    acting = [all(bool(piece.tensors[name].any()) for name in outer) for piece in pieces]
+    return acting if any(acting) else [True] * len(pieces)
 
 
 def _at_own_ranks(pieces: list[Layer], present: Sequence[bool]) -> tuple[Layer | None, ...] | None:

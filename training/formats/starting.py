@@ -7,6 +7,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from ..adapters.keys_values import PRESETS, Rows, rows_of
 from ..adapters.methods import AdapterConfig
 from .adapters import LoadedAdapter
 from .layers import Layer
@@ -76,6 +77,8 @@ def start_of(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> Start:
         state = _padded(state, "loha", config.rank) if config.method == "loha" else state
         return Start(name, state, loaded.names, f"begins with {name}")
     state, said = _rescaled(loaded.state, before / after), f"begins with {name}, of rank {loaded.rank}"
+    if stacked := _stacked(state, loaded.names, config):
+        return _of_keys_and_values(state, stacked, loaded, config.rank, name)
     if config.rank < loaded.rank:
         state, kept = _cut(state, loaded.names, config.rank)
         said += f", lowered to {config.rank}, which keeps {100 * kept:.4g} % of the layer that loses most"
@@ -83,6 +86,51 @@ def start_of(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> Start:
         state = _padded(state, "lora", config.rank)
         said += f", raised to {config.rank}"
     return Start(name, state, loaded.names, said)
+
+
+def _stacked(state: Mapping[str, Tensor], names: tuple[str, ...], config: AdapterConfig) -> dict[str, Rows]:
+    """Of those layers on which the run has two adapters in one, for keys and for values."""
+    if config.targets not in PRESETS:
+        return {}
+    sizes = {name: [state[f"{name}.{end}"].shape for end in PAIRS["lora"][0]] for name in names}
+    return {name: rows for name, (b, a) in sizes.items() if (rows := rows_of(name, a[1], b[0]))}
+
+
+def _of_keys_and_values(
+    state: Mapping[str, Tensor], stacked: Mapping[str, Rows], loaded: LoadedAdapter, rank: int, name: str
+) -> Start:
+    """Each of the two at the rank, and so the other layers."""
+    plain, least = tuple(each for each in loaded.names if each not in stacked), 1.0
+    found, kept = _cut(state, plain, rank) if rank < loaded.rank else (_padded(state, "lora", rank), 1.0)
+    for layer, rows in stacked.items():
+        b, a = (f"{layer}.{end}" for end in PAIRS["lora"][0])
+        rest = torch.ones(len(state[b]), dtype=torch.bool)
+        for part in rows:
+            rest[part.start : part.stop] = False
+        if state[b][rest].any():
+            raise ValueError(
+                f"{name} adapts more of the layer {layer} than keys and values, which are all that this run adapts: "
+                "choose other targets, or another adapter to begin with"
+            )
+        parts = [_at_own_rank(state[a], state[b][part.start : part.stop], rank) for part in rows]
+        least = min(least, *(share for _, share in parts))
+        found[a] = torch.cat([part["A"] for part, _ in parts])
+        found[b] = state[b].new_zeros(len(state[b]), 2 * rank)
+        for number, (part, places) in enumerate(zip(parts, rows, strict=True)):
+            found[b][places.start : places.stop, number * rank : (number + 1) * rank] = part[0]["B"]
+    said = (
+        f"begins with {name}, keys and values at rank {rank}, which keeps {100 * min(least, kept):.4g} % of the layer"
+    )
+    return Start(name, found, loaded.names, f"{said} that loses most")
+
+
+def _at_own_rank(a: Tensor, b: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
+    """Two factors at the rank, and the share that is kept: all, and the very numbers, where they use no more of it."""
+    own = b.any(0)
+    if own.sum() <= rank:
+        return _at_rank(Layer("lora", {"A": a[own], "B": b[:, own]}), rank), 1.0
+    small, kept = resize_layer(Layer("lora", {"A": a, "B": b}), Cut(value=rank))
+    return _at_rank(small, rank), kept
 
 
 def _require_method(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> None:

@@ -192,7 +192,7 @@ def test_patterns_are_checked():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'atention'.*flux.*style, attention, image-attention, all"):
+    with pytest.raises(ValueError, match=r"'atention'.*flux.*style, attention, image-attention, kv_text, kv_both, all"):
         target_patterns("flux", "atention")
 
 
