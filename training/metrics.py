@@ -1,4 +1,4 @@
-"""Distances between pictures that need no network, and means with their uncertainty."""
+"""Distances between pictures that need no network, scores of what pictures show, and means with their uncertainty."""
 
 import math
 from collections.abc import Sequence
@@ -42,6 +42,42 @@ def student_975(degrees: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / n + second / n**2 + third / n**3
+
+
+def harmonic_mean(a: float | Tensor, b: float | Tensor) -> Tensor:
+    """2 a b / (a + b) of two scores of 0 or more, say of style and subject: high only where both are. 0 for 0 and 0.
+
+    Style-personalisation papers report it of CLIP's text and image scores (S_harm).
+    """
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    if bool((a < 0).any()) or bool((b < 0).any()):
+        raise ValueError(f"Got scores from {min(a.min().item(), b.min().item()):g} on: expected 0 or more.")
+    total = a + b
+    return torch.where(total > 0, 2 * a * b / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def leakage(presence: Tensor, in_reference: Tensor, named: Tensor) -> Tensor:
+    """How present concepts of the reference are in pictures whose prompts do not name them: (m,), 0 is none.
+
+    ``presence`` (b, k): of k concepts in each picture, from any classifier or :func:`similarity`. ``in_reference``
+    (k,) bool: which of them the reference shows. ``named`` (b, k) bool: which of them each picture's prompt names. A
+    picture's value is that of its most present concept; the pictures whose prompts name all of the reference's
+    concepts, with which nothing can leak, are left out. What a model shows without the adapter is the chance level.
+    """
+    if presence.shape != named.shape or presence.shape[1:] != in_reference.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (presence, in_reference, named))
+        raise ValueError(f"Got tensors of shapes {shapes}: expected (pictures, concepts), (concepts,) and the first.")
+    uninvited = in_reference.bool() & ~named.bool()
+    if not bool(uninvited.any()):
+        raise ValueError("Every prompt names every concept of the reference: expected some that could leak.")
+    most = presence.masked_fill(~uninvited, -math.inf).amax(1)
+    return most[uninvited.any(1)]
+
+
+def similarity(features: Tensor, concepts: Tensor) -> Tensor:
+    """Cosines (b, k) of pictures' features (b, d) and concepts' (k, d), say CLIP's of pictures and of phrases."""
+    unit = [torch.nn.functional.normalize(each.double(), dim=1) for each in (features, concepts)]
+    return unit[0] @ unit[1].T
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, generator: torch.Generator, *, projections: int = 128) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..hosts.parts import reading
+from ..metrics import leakage
 from .renderer import EDGES, FILLS, GROUNDS, PALETTES, SUBJECTS, Style
 
 STYLE_HEADS = {"palette": len(PALETTES), "ground": len(GROUNDS), "fill": len(FILLS), "edge": len(EDGES)}
@@ -66,6 +67,17 @@ def score(oracle: Oracle, pictures: Tensor, subjects: Tensor, styles: list[Style
     seen = {name: logits.argmax(1).cpu() for name, logits in oracle(pictures).items()}
     wanted = {name: torch.tensor([getattr(style, name) for style in styles]) for name in STYLE_HEADS}
     return Scores(seen["subject"] == subjects.cpu(), {name: seen[name] == wanted[name] for name in STYLE_HEADS})
+
+
+@torch.no_grad()
+def subject_leakage(oracle: Oracle, pictures: Tensor, asked: Tensor, shown: list[int]) -> Tensor:
+    """How likely each picture (b, 3, 128, 128) shows a subject of the reference, ``shown``, that was not ``asked`` for.
+
+    Of those pictures whose asked subject (b,) is not all that the reference shows: (m,) in [0, 1], 1 = certainly.
+    """
+    subjects = torch.arange(len(SUBJECTS))
+    presence = oracle(pictures)["subject"].softmax(1).cpu()
+    return leakage(presence, torch.isin(subjects, torch.tensor(shown)), asked.cpu()[:, None] == subjects)
 
 
 def load_oracle(path: Path) -> Oracle:

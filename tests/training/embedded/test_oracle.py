@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stylewright.training.embedded.oracle import HEADS, STYLE_HEADS, Oracle, load_oracle, score
+from stylewright.training.embedded.oracle import HEADS, STYLE_HEADS, Oracle, load_oracle, score, subject_leakage
 from stylewright.training.embedded.pretrain.oracle import accuracy, any_scene
 from stylewright.training.embedded.renderer import Style, render
 
@@ -38,6 +38,16 @@ def test_scores_are_what_is_right():
     }
     assert scores.style_share.tolist() == [1.0, 0.5, 0.0]
     assert scores.whole_style.tolist() == [True, False, False]
+
+
+def test_leakage_is_the_reference_s_subject_where_another_was_asked_for():
+    """Subject 3 is what the reference shows; a logit of 1 among zeros is a probability of e / (e + 9)."""
+    pictures = showing((3, 0, 0, 0, 0), (3, 0, 0, 0, 0), (1, 0, 0, 0, 0))
+    likely, unlikely = torch.e / (torch.e + 9), 1 / (torch.e + 9)
+    leaked = subject_leakage(Knowing(), pictures, torch.tensor([3, 1, 1]), [3])
+    assert leaked.tolist() == pytest.approx([likely, unlikely])
+    leaked = subject_leakage(Knowing(), pictures, torch.tensor([3, 1, 1]), [3, 5])
+    assert leaked.tolist() == pytest.approx([unlikely, likely, unlikely])
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
@@ -83,3 +93,11 @@ def test_the_shipped_one_agrees_with_the_renderer(shipped_oracle):
     assert scores.style_share.mean() > 0.97
     scores = score(shipped_oracle, render(scene), (scene.subject + 1) % 10, [Style(0, 0, 0, 0)] * 200)
     assert scores.subject.float().mean() < 0.05
+
+
+def test_the_shipped_one_sees_what_leaks(shipped_oracle):
+    scene = any_scene(200, 125)
+    asked = torch.where(scene.subject == 3, 0, scene.subject)  # stars were not asked for
+    leaked = subject_leakage(shipped_oracle, render(scene), asked, [3])
+    stars = scene.subject == 3
+    assert leaked[stars].min() > 0.5 > leaked[~stars].max() and leaked[~stars].mean() < 0.02
