@@ -42,6 +42,11 @@ def draw(model, family, positive, negative=None, cfg=1.0, batch=1, sigmas=None, 
         )
 
 
+def sigmas_of(model):
+    top = float(model.get_model_object("model_sampling").sigma_max)
+    return [top, 0.6 * top, 0.3 * top, 0.0]
+
+
 def by_hand(method, q, positive, negative, heads, scale=None):
     """q (b, n, c), pairs of keys and values (b, m, c): the guided answer in float64."""
     scale = SCALES[method] if scale is None else scale

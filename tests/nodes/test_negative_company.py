@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from negative_proof import CROSS, by_hand, draw, guidance, in_place, layers_of, texts
+from negative_proof import CROSS, by_hand, draw, guidance, in_place, layers_of, sigmas_of, texts
 
 pytestmark = pytest.mark.comfy
 
@@ -244,11 +244,6 @@ def passed_on(executor, *args, **kwargs):
 def projection_of(layer, *names):
     found = next(layer._modules[name] for name in names if name in layer._modules)
     return found[0] if isinstance(found, torch.nn.Sequential) else found
-
-
-def sigmas_of(model):
-    top = float(model.get_model_object("model_sampling").sigma_max)
-    return [top, 0.6 * top, 0.3 * top, 0.0]
 
 
 def test_a_controlnet(tiny, prompts):

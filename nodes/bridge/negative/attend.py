@@ -37,6 +37,7 @@ def taken(call: Call, layer: Any, k: Tensor, v: Tensor, mask: Tensor | None = No
 
     ``mask`` (…, m) is for the positive tokens; of negative ones none are masked.
     """
+    call.answered[layer] = True
     if call.kept is not None and layer in call.kept:
         return Tokens(k, v, mask), call.kept[layer]
     sizes = [each.text.shape[1] for each in call.negatives]

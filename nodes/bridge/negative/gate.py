@@ -5,7 +5,7 @@ call, and what it knows of a run of a sampler (OUTER_SAMPLE) ends with the run, 
 """
 
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,13 +20,10 @@ from ....training.windows import Window
 from ..families import latents_per_token
 from ..noise_levels import levels_of
 from .conds import Encoded, Negatives, weighted
+from .reach import Layer, LayerForward, hidden, replaced
 
 KEY = "stylewright.negative"
 POSITIVE = 0  # of ``cond_or_uncond``, where nothing else tells
-
-
-class LayerForward:
-    """An object patch of ours, in the place of a layer's ``forward``."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,8 @@ class Call:
     layers: Collection[int] | None  # that act, counted from the input; None = all
     positive: frozenset | None  # ids of the positive prompts; None = unknown
     kept: dict[Any, list[Tokens]] | None  # negative keys and values by layer, for this run; None = none are kept
+    # By layer, once it was given the negative tokens: whether they came to the attention that is ours.
+    answered: dict[Any, bool] = field(default_factory=dict)
 
     def acts_in(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
@@ -76,6 +75,9 @@ class _Sampling:
     """What is known for one run of a sampler."""
 
     positive: frozenset | None = None
+    began: Tensor | None = None  # t of the first call, for which nothing can have been cached
+    called: bool = False  # with negative prompts
+    acted: bool = False
     encoded: dict[Any, list] = field(default_factory=dict)  # by device and size of the latents
     kept: dict[Any, dict[Any, list[Tokens]]] = field(default_factory=dict)  # by which negatives count
 
@@ -96,22 +98,34 @@ class Gate:
         self._inside: ContextVar[bool] = ContextVar(self.key, default=False)
         self._per_token = 1
         self._run: Run | None = None
+        self._reached: Sequence[Layer] = ()
+        self._before: Sequence[Layer] = ()
 
-    def open(self, model: comfy.model_patcher.ModelPatcher, run: Run, layers: int | None = None) -> None:
+    def open(
+        self, model: comfy.model_patcher.ModelPatcher, run: Run, layers: Sequence[Layer], before: Sequence[Layer] = ()
+    ) -> None:
         """Puts the gate on a clone. ``run`` makes a call with negative prompts, by the function that it is given.
 
-        ``layers``: how many attentions to text there are. ValueError where some that are to act are not among them.
+        layers: the attentions to text, in their order. before: what is given the negative prompts before them.
+        ValueError where layers that are to act are not among them.
         """
-        if layers is not None:
-            check_layers(self._layers, layers)
-        self._run, self._per_token = run, latents_per_token(model) ** 2
+        if self._layers and max(self._layers) >= len(layers):
+            raise ValueError(
+                f"this model has {len(layers)} attentions to text, 0 to {len(layers) - 1}: layer {max(self._layers)} "
+                "is not one"
+            )
+        self._run, self._reached, self._before = run, layers, before
+        self._per_token = latents_per_token(model) ** 2
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, self.key, self._sample)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self._apply)
 
     def _sample(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         before, self._sampling = self._sampling, _Sampling(_positive(executor.class_obj))
         try:
-            return executor(*args, **kwargs)
+            answer = executor(*args, **kwargs)
+            if self._sampling.called and not self._sampling.acted:
+                raise hidden([layer.path for layer in self._reached])
+            return answer
         finally:
             self._sampling = before
 
@@ -132,15 +146,35 @@ class Gate:
             )
 
         inputs = Inputs(x, t, c_concat, c_crossattn, control, transformer_options, rest)
+        if self._sampling is not None and self._sampling.began is None:
+            self._sampling.began = t
         call = None if self._inside.get() else self._call(executor.class_obj, inputs)
         if call is None:
             return go(inputs)
         assert self._run is not None, "the gate was opened"
         inside = self._inside.set(True)
         try:
-            return self._run(go, inputs.with_options(**{self.key: call}), call)
+            answer = self._run(go, inputs.with_options(**{self.key: call}), call)
         finally:
             self._inside.reset(inside)
+        self._check(executor.class_obj, inputs, call)
+        return answer
+
+    def _check(self, model: Any, inputs: Inputs, call: Call) -> None:
+        """ValueError where another node answers for layers. Asked once a run: some nodes skip layers in later calls."""
+        met = [*self._reached, *self._before]
+        half = [layer.path for layer in met if call.answered.get(layer.key) is False]
+        if half:
+            raise hidden(half)
+        sampling = self._sampling or _Sampling()
+        acted = any(call.acts_in(number) and call.answered.get(each.key) for number, each in enumerate(self._reached))
+        if not sampling.called:
+            missing = [layer for layer in met if layer.key not in call.answered]
+            others = replaced(missing, model.diffusion_model, model.current_patcher, inputs.options)
+            began = sampling.began is None or torch.equal(sampling.began, inputs.t)
+            if others or (began and not acted):
+                raise hidden([layer.path for layer in others or missing])
+        sampling.called, sampling.acted = True, sampling.acted or acted
 
     def _call(self, model: Any, inputs: Inputs) -> Call | None:
         """None where the model is to answer as it would without us."""
@@ -190,12 +224,6 @@ class Gate:
             for each, start, end in found[size]
             if (start is None or sigma <= start) and (end is None or sigma >= end)
         ]
-
-
-def check_layers(acting: Collection[int] | None, count: int) -> None:
-    """ValueError where layers that are to act are not among a model's."""
-    if acting and max(acting) >= count:
-        raise ValueError(f"this model has {count} attentions to text, 0 to {count - 1}: layer {max(acting)} is not one")
 
 
 def _positive(guider: Any) -> frozenset | None:

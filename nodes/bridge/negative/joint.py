@@ -23,9 +23,11 @@ from torch import Tensor
 
 from ....training.attention_guidance import AttentionGuidance
 from .conds import Negatives
-from .gate import Call, Gate, Inputs, check_layers
+from .gate import Call, Gate, Inputs
+from .reach import Layer, blocks, replaced
 from .split import IMAGE, OVERRIDE, POSITIVE, Layout, SplitAttention
 
+DOUBLE_AND_SINGLE = ("double_blocks", "single_blocks")
 MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in the sequence
 
 
@@ -41,45 +43,48 @@ class Prepared:
 Prepare = Callable[[Any, Inputs, Call], Prepared]  # the first is a BaseModel
 
 
-def by(prepare: Prepare, current: ContextVar[Call | None] | None = None) -> Callable[..., None]:
-    """``attach`` for a family whose calls ``prepare`` makes ready. ``current`` holds the call, for layers that are told
-    nothing else.
+def by(
+    prepare: Prepare,
+    names: Sequence[str],
+    current: ContextVar[Call | None] | None = None,
+    before: Sequence[Layer] = (),
+) -> Callable[..., None]:
+    """``attach`` for a family whose calls ``prepare`` makes ready.
+
+    names: lists of the network's blocks, each with one joint attention. current: holds the call, for layers that are
+    told nothing else. before: what sees the negative prompts before the blocks, and marks that it did.
     """
 
     def attach(
         model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
     ) -> None:
-        base, proven = model.model, False
+        base, layers = model.model, blocks(model.model.diffusion_model, names)
 
         def run(go: Callable[[Inputs], Tensor], inputs: Inputs, call: Call) -> Tensor:
-            nonlocal proven
             if inputs.options.get(MARK):
                 raise ValueError(
                     "two negative prompts act on this model at the same noise level: join them with Conditioning "
                     "(Combine), or give them windows that do not overlap"
                 )
-            ready = prepare(base, inputs, call)
+            ready, network = prepare(base, inputs, call), base.diffusion_model
+            doubtful = replaced(layers, network, base.current_patcher, inputs.options)
             attention = SplitAttention(
                 call,
                 ready.layout,
                 tuple(call.guided(inputs.options)),
                 inputs.options.get(OVERRIDE),
                 ready.turns,
-                len(getattr(base.diffusion_model, "double_blocks", ())),
+                len(getattr(network, "double_blocks", ())),
+                counts=bool(doubtful),
             )
             with told(current, call):
                 answer = go(ready.inputs.with_options(**{OVERRIDE: attention, MARK: True}))
-            if attention.used and not proven:
-                check_layers(call.layers, attention.count)  # how many there are is seen in a call only
-            proven = proven or attention.used
-            if not proven:  # later calls may be answered from another node's cache
-                raise ValueError(
-                    f"{type(base.diffusion_model).__name__}: another node has replaced this model's attention, and the "
-                    "negative prompt would do nothing. Remove one of the two"
-                )
+            if attention.used:
+                missing = doubtful if doubtful and attention.count < len(layers) else []
+                call.answered.update(dict.fromkeys((each.key for each in layers if each not in missing), True))
             return answer
 
-        gate.open(model, run)
+        gate.open(model, run, layers, before)
 
     return attach
 
@@ -211,9 +216,9 @@ def hidream(model: Any, inputs: Inputs, call: Call) -> Prepared:
 
 # Class of a diffusion model -> attach(model, negatives, guidance, gate). A class counts for what derives from it.
 JOINT: dict[str, Any] = {
-    "Flux": by(flux),
-    "Chroma": by(flux),
-    "OpenAISignatureMMDITWrapper": by(sd3),
-    "QwenImageTransformer2DModel": by(qwen),
-    "HiDreamImageTransformer2DModel": by(hidream),
+    "Flux": by(flux, DOUBLE_AND_SINGLE),
+    "Chroma": by(flux, DOUBLE_AND_SINGLE),
+    "OpenAISignatureMMDITWrapper": by(sd3, ("joint_blocks",)),
+    "QwenImageTransformer2DModel": by(qwen, ("transformer_blocks",)),
+    "HiDreamImageTransformer2DModel": by(hidream, ("double_stream_blocks", "single_stream_blocks")),
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, taken
 from .conds import Negatives
-from .gate import Call, Gate, Inputs, LayerForward
+from .gate import Call, Gate, Inputs
+from .reach import LayerForward
 from .separate import Layout, lengthened
 
 Told = tuple[Call, Mapping[str, Any]]  # of a call: itself, and its transformer options
@@ -33,7 +34,7 @@ def attach(
         if getattr(before, "__self__", None) is not network.get_submodule(name):
             raise ValueError(
                 f"another node has replaced {name} of this model, and PixArt's attention can be reached in one way "
-                "only: put the negative prompt on the model before that node"
+                "only: put the negative prompt on the model before that node, or remove one of the two"
             )
         model.add_object_patch(path, _Forward(current, number, network.get_submodule(name), before))
 
@@ -45,7 +46,7 @@ def attach(
         finally:
             current.reset(told)
 
-    gate.open(model, run, len(layers))
+    gate.open(model, run, LAYOUT.reached(layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,7 @@ class _Forward(LayerForward):
         # ComfyUI has the prompts of all rows behind each other, as one of 1 * (b * n) tokens.
         context = cond.reshape(rows, -1, channels)
         if not call.acts_in(self.number):
+            call.answered[self.number] = True
             added = options.get(f"{call.key}/added", 0)
             return self.before(x, context[:, : context.shape[1] - added].reshape(1, -1, channels), mask)
         layer = self.layer

@@ -7,6 +7,7 @@ there before.
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from ....training.attention_guidance import AttentionGuidance
 from .conds import Negatives
 from .gate import Call, Gate, Inputs
-from .joint import Prepared, by, sizes_of, tokens_of, with_texts
+from .joint import DOUBLE_AND_SINGLE, Prepared, by, sizes_of, tokens_of, with_texts
+from .reach import NETWORK, Layer, LayerForward
 from .split import IMAGE, POSITIVE, Layout, Parts
 
 
@@ -70,10 +72,11 @@ def _padded(net: nn.Module, size: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Refiner:
+class Refiner(LayerForward):
     """In the place of HunyuanVideo's refiner of text tokens, which has a mean of them and attention among them."""
 
     key: str
+    name: str  # of the layer
     before: Callable[..., Tensor]
 
     def __call__(
@@ -90,13 +93,14 @@ class Refiner:
         call = transformer_options.get(self.key)
         if call is None:
             return refined(x, mask)
+        call.answered[self.name] = True
         sizes = _all_sizes(x.shape[1], sizes_of(call))
         masks = [None] * len(sizes) if mask is None else mask.split(sizes, 1)
         return torch.cat([refined(*each) for each in zip(x.split(sizes, 1), masks, strict=True)], 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding:
+class Embedding(LayerForward):
     """In the place of Lumina's ``embed_all``: the negative texts behind the positive one, as near to the image."""
 
     key: str
@@ -129,10 +133,11 @@ class Embedding:
 
 
 @dataclass(frozen=True, eq=False)
-class RefinerLayer:
+class RefinerLayer(LayerForward):
     """In the place of one of Lumina's layers for text, which has attention among its tokens."""
 
     key: str
+    name: str  # of the layer
     net: nn.Module
     before: Callable[..., Tensor]
 
@@ -140,18 +145,20 @@ class RefinerLayer:
         call = named.get("transformer_options", {}).get(self.key)
         if call is None:
             return self.before(x, mask, places, *more, **named)
+        call.answered[self.name] = True
         sizes = _all_sizes(x.shape[1], [_padded(self.net, size) for size in sizes_of(call)])
         parts = zip(x.split(sizes, 1), places.split(sizes, 1), strict=True)
         return torch.cat([self.before(text, mask, place, *more, **named) for text, place in parts], 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Registers:
+class Registers(LayerForward):
     """In the place of AuraFlow's first layer for text: learned tokens before each negative text, as the model puts them
     before the positive one.
     """
 
     current: ContextVar[Call | None]
+    name: str  # of the layer
     net: Any  # MMDiT
     before: Callable[[Tensor], Tensor]
 
@@ -159,6 +166,7 @@ class Registers:
         embedded, call = self.before(text), self.current.get()
         if call is None:
             return embedded
+        call.answered[self.name] = True
         registers = comfy.ops.cast_to_input(self.net.register_tokens, embedded).expand(len(embedded), -1, -1)
         positive, *negatives = embedded.split(_all_sizes(text.shape[1], sizes_of(call)), 1)
         return torch.cat([positive, *(each for negative in negatives for each in (registers, negative))], 1)
@@ -171,29 +179,36 @@ def _all_sizes(length: int, negatives: Sequence[int]) -> list[int]:
 def hunyuan_attach(
     model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
 ) -> None:
-    path = "diffusion_model.txt_in.forward"
-    model.add_object_patch(path, Refiner(gate.key, model.get_model_object(path)))
-    by(hunyuan)(model, negatives, guidance, gate)
+    name = "txt_in"
+    _put(model, name, partial(Refiner, gate.key, name))
+    by(hunyuan, DOUBLE_AND_SINGLE, before=[Layer(name, name)])(model, negatives, guidance, gate)
 
 
 def lumina_attach(
     model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
 ) -> None:
-    net, path = model.model.diffusion_model, "diffusion_model.embed_all"
+    net, path = model.model.diffusion_model, f"{NETWORK}.embed_all"
     model.add_object_patch(path, Embedding(gate.key, net, model.get_model_object(path)))
-    for number in range(len(net.get_submodule("context_refiner"))):
-        path = f"diffusion_model.context_refiner.{number}.forward"
-        model.add_object_patch(path, RefinerLayer(gate.key, net, model.get_model_object(path)))
-    by(lumina)(model, negatives, guidance, gate)
+    refiners = [f"context_refiner.{number}" for number in range(len(net.get_submodule("context_refiner")))]
+    for name in refiners:
+        _put(model, name, partial(RefinerLayer, gate.key, name, net))
+    by(lumina, ("layers",), before=[Layer(name, name) for name in refiners])(model, negatives, guidance, gate)
 
 
 def aura_attach(
     model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
 ) -> None:
     current: ContextVar[Call | None] = ContextVar(gate.key, default=None)
-    path = "diffusion_model.cond_seq_linear.forward"
-    model.add_object_patch(path, Registers(current, model.model.diffusion_model, model.get_model_object(path)))
-    by(aura, current)(model, negatives, guidance, gate)
+    name, net = "cond_seq_linear", model.model.diffusion_model
+    _put(model, name, partial(Registers, current, name, net))
+    attach = by(aura, ("double_layers", "single_layers"), current, [Layer(name, name)])
+    attach(model, negatives, guidance, gate)
+
+
+def _put(model: comfy.model_patcher.ModelPatcher, name: str, make: Callable[[Callable], LayerForward]) -> None:
+    """In the place of a layer's ``forward`` what ``make`` makes around it."""
+    path = f"{NETWORK}.{name}.forward"
+    model.add_object_patch(path, make(model.get_model_object(path)))
 
 
 REFINED: dict[str, Any] = {"HunyuanVideo": hunyuan_attach, "NextDiT": lumina_attach, "MMDiT": aura_attach}

@@ -7,7 +7,7 @@ projections and norms make the negative keys and values.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, append, taken
 from .conds import Encoded, Negatives
-from .gate import Call, Gate, Inputs, LayerForward
+from .gate import Call, Gate, Inputs
+from .reach import Layer, LayerForward
 
 OVERRIDE = "optimized_attention_override"
 
@@ -33,6 +34,11 @@ class Layout:
 
     def layers(self, network: torch.nn.Module) -> list[str]:
         return [name for name, _ in network.named_modules() if re.fullmatch(self.path, name)]
+
+    @staticmethod
+    def reached(layers: Sequence[str]) -> list[Layer]:
+        """Block by block, as these families have them."""
+        return [Layer(number, path, ("double_block", number)) for number, path in enumerate(layers)]
 
 
 WAN = Layout(r"(.*\.)?(vace_)?blocks\.\d+\.cross_attn")
@@ -60,7 +66,7 @@ def attach_to(layout: Layout) -> Callable[..., None]:
             longer = lengthened(inputs, call, range(len(layers)))
             return go(longer.with_options(**{gate.key: call}))
 
-        gate.open(model, run, len(layers))
+        gate.open(model, run, layout.reached(layers))
 
     return attach
 
@@ -106,6 +112,7 @@ class Forward(LayerForward):
         call = options.get(self.key)
         if call is None or context is None:
             return self.before(x, context, *args, **kwargs)
+        call.answered[self.number] = not call.acts_in(self.number)
         if call.acts_in(self.number):
             images = kwargs.get("context_img_len", 0) if self.images else 0
             split = _below(options.get(OVERRIDE), _Split(call, self.number, images, None))

@@ -123,8 +123,9 @@ class SplitAttention:
     before: Callable[..., Tensor] | None  # the override of another node
     turns: Sequence[Tensor] = ()
     doubles: int = 0
+    counts: bool = False  # how many joint attentions there are: not in compiled code, which would be traced anew
     used: bool = False  # in a joint attention
-    count: int = 0  # of joint attentions, as far as they are numbered
+    count: int = 0  # of them
     number: int = 0  # of the next joint attention, where it is counted
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -139,8 +140,10 @@ class SplitAttention:
         heads, mask, options = given.pop("heads"), given.pop("mask", None), given.pop("transformer_options")
         parts = self.layout.parts(q.shape[-2])
         mask = None if mask is None else lengthened(mask, parts)
-        acts = self.call.layers is None or self._acts_in(self._number(options))
+        acts = self.call.layers is None or self.call.acts_in(self._number(options))
         self.used = True
+        if self.counts:
+            self.count += 1
 
         def answer(rows: slice, options: Mapping[str, Any], is_guided: bool) -> Tensor:
             def attend(query: Tensor, to: Tokens) -> Tensor:
@@ -170,10 +173,6 @@ class SplitAttention:
             f"another node has changed how many keys an attention has ({keys} for {queries} queries): "
             "negative prompts inside attention cannot be told apart from them. Remove one of the two"
         )
-
-    def _acts_in(self, layer: int) -> bool:
-        self.count = max(self.count, layer + 1)
-        return self.call.acts_in(layer)
 
     def _number(self, options: Mapping[str, Any]) -> int:
         """Of the layer. SD3 does not say, and every block of it has one joint attention."""

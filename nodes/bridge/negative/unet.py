@@ -16,6 +16,7 @@ from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, append, taken
 from .conds import Negatives
 from .gate import Call, Gate, Inputs
+from .reach import Layer
 
 Place = tuple[str, int, int]  # "input", "middle" or "output", its number there, and the block's in the transformer
 
@@ -23,7 +24,8 @@ Place = tuple[str, int, int]  # "input", "middle" or "output", its number there,
 def attach(
     model: comfy.model_patcher.ModelPatcher, negatives: Negatives, guidance: AttentionGuidance, gate: Gate
 ) -> None:
-    layers = {place: number for number, place in enumerate(cross_attentions(model.model.diffusion_model))}
+    found = cross_attentions(model.model.diffusion_model)
+    layers = {layer.key: number for number, layer in enumerate(found)}
     text, replacement = _Text(gate.key, layers), _Replacement(gate.key, layers)
 
     def run(go: Any, inputs: Inputs, call: Call) -> Tensor:
@@ -31,6 +33,7 @@ def attach(
         replaced = inputs.options.get("patches_replace", {})
         before = replaced.get("attn2", {})
         acting = [place for place, number in layers.items() if call.acts_in(number)]
+        call.answered.update({place: True for place in layers if place not in acting})
         options = {
             "patches": {**patches, "attn2_patch": [*patches.get("attn2_patch", []), text]},
             "patches_replace": {**replaced, "attn2": {**before, **dict.fromkeys(acting, replacement)}},
@@ -38,21 +41,23 @@ def attach(
         }
         return go(inputs.with_options(**options))
 
-    gate.open(model, run, len(layers))
+    gate.open(model, run, found)
 
 
-def cross_attentions(unet: nn.Module) -> list[Place]:
+def cross_attentions(unet: nn.Module) -> list[Layer]:
     """Those of a UNet, from its input to its output."""
     found = []
-    blocks: dict[str, list[nn.Module]] = {
-        "input": list(unet.get_submodule("input_blocks").children()),
-        "middle": [unet.get_submodule("middle_block")],
-        "output": list(unet.get_submodule("output_blocks").children()),
-    }
-    for name, modules in blocks.items():
-        for number, block in enumerate(modules):
-            names = [path.rsplit(".", 2) for path, _ in block.named_modules() if path.endswith(".attn2")]
-            found += [(name, number, int(index)) for parent, index, _ in names if parent.endswith("transformer_blocks")]
+    counts = [len(unet.get_submodule(f"{name}_blocks")._modules) for name in ("input", "output")]
+    blocks: list[tuple[str, int, str]] = [
+        *(("input", number, f"input_blocks.{number}") for number in range(counts[0])),
+        ("middle", 0, "middle_block"),
+        *(("output", number, f"output_blocks.{number}") for number in range(counts[1])),
+    ]
+    for name, number, path in blocks:
+        names = [each for each, _ in unet.get_submodule(path).named_modules() if each.endswith(".attn2")]
+        for parent, index, layer in (each.rsplit(".", 2) for each in names):
+            if parent.endswith("transformer_blocks"):
+                found.append(Layer((name, number, int(index)), f"{path}.{parent}.{index}.{layer}"))
     return found
 
 
@@ -72,6 +77,7 @@ class _Text:
         call, place = options[self.key], _place(options)
         if place is None or place not in self.layers or not call.acts_in(self.layers[place]):
             return n, context, value
+        call.answered.setdefault(place, False)
         longer = append(call, place, context)
         return n, longer, longer if value is None or value is context else append(call, place, value)
 
