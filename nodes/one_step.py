@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .bridge.one_step import check_conditionings, draw, fitting_latent, in_float32, is_picture
 from .bridge.one_step_plan import Wishes, plan, sized_latent
 from .bridge.previews import show_text
+from .bridge.sound import check_fits
 from .one_step_inputs import level_widgets
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class OneStepSampler(io.ComfyNode):
         latent: dict | None = None,
     ) -> io.NodeOutput:
         check_conditionings(positive, negative, cfg)
+        check_fits(model, {"positive": positive, **({"negative": negative} if negative and cfg != 1 else {})})
         made = plan(model, Wishes(preset, steps, levels, unit, denoise, between_steps, start))
         begun = fitting_latent(model, latent) if latent else sized_latent(model, made, width, height, batch_size)
         notes = []

@@ -112,12 +112,14 @@ class PromptSwitchByLogSNR(io.ComfyNode):
         fifth: list | None = None,
         sixth: list | None = None,
     ) -> io.NodeOutput:
+        from .bridge.sound import check_fits
         from .bridge.switching import check_conditionings, gaps_text, switched
         from .bridge.thresholds import report, thresholds_of
 
         more = dict(zip(FURTHER, (third, fourth, fifth, sixth), strict=True))
         named = {"first": first, "second": second, **_without_gaps(more)}
         check_conditionings(named)
+        check_fits(model, named)
         found = thresholds_of(model, preset, thresholds, unit, cross_fade, len(named), sigmas, latent)
         conditioning = switched(model, list(named.values()), found, sigmas)
         text, warnings = report(found, list(named), sigmas)

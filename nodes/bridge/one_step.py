@@ -24,9 +24,7 @@ from torch import Tensor
 from ...training.one_step import FRESH, UNIT, Answer, first_input, generate, inpainting
 from .noise_levels import NoiseLevels
 from .one_step_levels import check_sigmas, levels_to_draw
-from .sound import check_sound
-
-TEXT_WIDTHS = ("context_dim", "context_in_dim", "caption_channels")  # as configurations of families call it
+from .sound import check_sound, misfit
 
 
 class OneStep(comfy.samplers.Sampler):
@@ -150,8 +148,8 @@ def draw(
             seed=seed,
         )
     except RuntimeError as error:
-        if reason := mismatch(model, positive):
-            raise ValueError(reason) from error
+        if reason := misfit(model, positive):  # where another node was to translate it
+            raise ValueError(f"the model failed on this positive, which {reason}") from error
         raise
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return kept | {"samples": drawn.to(comfy.model_management.intermediate_device())}
@@ -210,21 +208,6 @@ def is_picture(latent: dict) -> bool:
 def widths(conditioning: list) -> set[int]:
     """Of the text encodings of a CONDITIONING."""
     return {entry[0].shape[-1] for entry in conditioning if entry[0] is not None}
-
-
-def mismatch(model: comfy.model_patcher.ModelPatcher, positive: list) -> str | None:
-    """Why a model failed, where its prompt was encoded by another model's text encoder.
-
-    Asked only after a failure, for there are nodes that give a model encodings of another width on purpose.
-    """
-    config = model.model.model_config.unet_config
-    wanted = next((config[name] for name in TEXT_WIDTHS if config.get(name)), None)
-    if wanted is None or widths(positive) <= {wanted}:
-        return None
-    return (
-        f"the model failed on this positive: its encoding is {sorted(widths(positive))[0]} wide, this model's text "
-        f"encoder gives {wanted}. Encode the prompt with the CLIP that belongs to the model"
-    )
 
 
 def check_conditionings(positive: list, negative: list | None, cfg: float) -> None:

@@ -75,7 +75,11 @@ def test_bad_negatives(tiny, tiny_prompt):
         run(model, [[None, {}]])
     with pytest.raises(ValueError, match=r"entry 2 .* carries what attention cannot follow \(Conditioning \(Set Mask"):
         run(model, [negative, [negative[0], {"mask": torch.ones(1, 8, 8)}]])
+    with pytest.raises(ValueError, match="negative prompt is encoded 24 wide, this model takes 16: encode the prompt"):
+        run(model, [[torch.ones(1, 7, 24), negative[1]]])
+    adapted = model.clone()  # by a node that may translate what another text encoder says, and does not
+    adapted.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
     with pytest.raises(ValueError, match="negative prompt is encoded 24 wide and the positive one 16: encode both"):
-        draw(run(model, [[torch.ones(1, 7, 24), negative[1]]])[0], "sdxl", positive)
+        draw(run(adapted, [[torch.ones(1, 7, 24), negative[1]]])[0], "sdxl", positive)
     with pytest.raises(Unsupported, match="HunYuanDiT: no hook of ComfyUI reaches this model's attention to text"):
         run(tiny("hunyuan-dit"), tiny_prompt("hunyuan-dit", 7, 2))

@@ -225,7 +225,9 @@ def test_wrong_inputs(sdxl, prompt, tiny_prompt):
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             one_step(**{"model": sdxl, "positive": prompt, **turbo, **changes})
-    with pytest.raises(ValueError, match="its encoding is 32 wide, this model's text encoder gives 16"):
+    with pytest.raises(
+        ValueError, match="positive is encoded 32 wide, this model takes 16: encode the prompt with the CLIP that"
+    ):
         one_step(sdxl, other, zeros(), **turbo)
     with pytest.raises(ValueError, match="preset custom has no size: set width and height"):
         one_step(sdxl, prompt)

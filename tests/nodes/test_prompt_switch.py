@@ -266,6 +266,11 @@ def test_bad_prompts_are_refused(drawn, tiny_prompt):
         switch(draw, [draw.prompts[0], [[draw.prompts[1][0][0][:, :0], {}]]], "-2")
     with pytest.raises(ValueError, match="empty"):
         switch(draw, [[], draw.prompts[0]], "-2")
+    with pytest.raises(ValueError, match="first is encoded 16 wide, this model takes 32"):
+        switch(draw, [tiny_prompt("sdxl", 5), tiny_prompt("sdxl", 5)], "-2")
+    pooled = [[draw.prompts[0][0][0], {"pooled_output": torch.zeros(1, 7)}]]
+    with pytest.raises(ValueError, match="second is encoded 7 wide in its pooled output, this model takes 24"):
+        switch(draw, [draw.prompts[0], pooled], "-2")
 
 
 # --------------------------------------------------------------------------------------------------------------------

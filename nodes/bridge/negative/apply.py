@@ -8,6 +8,7 @@ import comfy.model_patcher
 from ....training.attention_guidance import AttentionGuidance
 from ....training.windows import Window
 from ..noise_levels import noise_levels
+from ..sound import check_fits
 from . import pixart, separate, unet
 from .conds import negatives_of
 from .gate import Gate
@@ -46,6 +47,7 @@ def apply(
     this model cannot take, :class:`Unsupported` for a family without a hook.
     """
     negatives, attach, clone = negatives_of(negative), _attach_of(model), model.clone()
+    check_fits(model, {"the negative prompt": negative})
     if window is not None:
         noise_levels(model)  # noise that has no log_snr is refused here, not in sampling
     if len(negatives) and guidance.scale:
