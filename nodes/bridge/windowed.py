@@ -30,8 +30,9 @@ class WindowedAdapter:
     """The wrapper around every call of a model (APPLY_MODEL) that brings an adapter in. Holds nothing of a call."""
 
     def __init__(
-        self, window: Window, terms: list[tuple[Place, Term]], *, per_token: int, warn: Callable[[str], None]
+        self, window: Window | None, terms: list[tuple[Place, Term]], *, per_token: int, warn: Callable[[str], None]
     ) -> None:
+        """``window``: None = at all noise levels, also of a model whose noise has no log_snr."""
         self.window = window
         self._terms = terms
         self._per_token = per_token  # positions of a latent to an image token
@@ -42,6 +43,8 @@ class WindowedAdapter:
         self._all_reached = False
 
     def __call__(self, executor: WrapperExecutor, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.window is None:
+            return self._run(executor, 1.0, x, t, *args, **kwargs)
         levels = self._levels_of(executor.class_obj)
         window = self.window.carried(max(1, x.shape[-1] * x.shape[-2] // self._per_token))
         self._judge(window, levels, _options(args, kwargs).get("sample_sigmas"))
@@ -49,8 +52,11 @@ class WindowedAdapter:
         values = rows.tolist()  # waits for the device, once a call
         if not any(values):
             return executor(x, t, *args, **kwargs)
-        with _hooked(executor.class_obj, self._terms, values[0] if len(set(values)) == 1 else rows) as reached:
-            answer = executor(x, t, *args, **kwargs)
+        return self._run(executor, values[0] if len(set(values)) == 1 else rows, x, t, *args, **kwargs)
+
+    def _run(self, executor: WrapperExecutor, strengths: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with _hooked(executor.class_obj, self._terms, strengths) as reached:
+            answer = executor(*args, **kwargs)
         self._check(reached)
         return answer
 
@@ -88,6 +94,17 @@ def act_within(
     ``warn`` takes what turns out in sampling: that no step falls into the window, or that layers are not reached.
     """
     levels_of(model.get_model_object("model_sampling"))  # noise that has no log_snr is refused here, not in sampling
+    try:
+        terms = terms_of(model, patches)
+    except Unfit as error:
+        raise ValueError(f"this adapter can only act at all noise levels: {error}. Set window to all") from error
+    put_terms(model, terms, window, warn)
+
+
+def terms_of(
+    model: comfy.model_patcher.ModelPatcher, patches: Mapping[str | tuple, tuple[object, float]]
+) -> list[tuple[Place, Term]]:
+    """Patches, with a strength each, as terms for the layers of a model. :class:`Unfit` names what has no such form."""
     base, dtype = Unpatched(model), model.model.get_dtype_inference()
     terms, unfit = [], []
     for key, (patch, strength) in patches.items():
@@ -98,16 +115,27 @@ def act_within(
         except Unfit as error:
             unfit.append(str(error))
     if unfit:
-        raise ValueError(
-            f"this adapter can only act at all noise levels: {len(unfit)} of its parts do more than add to what a "
-            f"layer gives out ({'; '.join(unfit[:3])}). Set window to all"
-        )
+        raise Unfit(f"{len(unfit)} of its parts do more than add to what a layer gives out ({'; '.join(unfit[:3])})")
+    return terms
+
+
+def put_terms(
+    model: comfy.model_patcher.ModelPatcher,
+    terms: list[tuple[Place, Term]],
+    window: Window | None,
+    warn: Callable[[str], None],
+) -> str:
+    """Puts terms on a clone of ours, to act in ``window``, or at all noise levels. They are loaded and moved with it.
+
+    ``warn`` takes what turns out in sampling, as above. Gives the key of the wrapper that adds them.
+    """
     own = f"{KEY}/{uuid.uuid4()}"
     adapter = WindowedAdapter(window, terms, per_token=latents_per_token(model) ** 2, warn=warn)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, own, adapter)
     tensors = nn.ModuleList(term for _, term in terms)
     patcher = comfy.model_patcher.ModelPatcher(tensors, model.load_device, model.offload_device)
     model.set_additional_models(own, [patcher])
+    return own
 
 
 def sentence(model: comfy.model_patcher.ModelPatcher, window: Window) -> str:
@@ -145,7 +173,8 @@ def _hooked(model: nn.Module, terms: list[tuple[Place, Term]], strengths: float 
     with ExitStack() as stack:
         for place, term in terms:
             layer, hook = model.get_submodule(place.layer), _Hook(place, term, strengths, reached)
-            stack.callback(layer.register_forward_pre_hook(hook.before).remove)
+            # What the last adapter does to the input, those before it see: as a later patch is of the weight so far.
+            stack.callback(layer.register_forward_pre_hook(hook.before, prepend=True).remove)
             stack.callback(layer.register_forward_hook(hook.after).remove)
         yield reached
 

@@ -232,6 +232,15 @@ def test_it_stacks_with_itself_and_with_stock_adapters_before_and_after(tiny, sa
     assert torch.equal(draw(model, (-3.0,)), base)
 
 
+@pytest.mark.parametrize("kinds", [("lora", "our oft"), ("our oft", "lora"), ("glora", "glora"), ("dora", "our oft")])
+def test_those_that_change_inputs_stack_in_the_order_of_their_patches(kinds, tiny, sampler):
+    model, draw = tiny("flux"), sampler("flux")
+    first, second = (adapters(model, "double_blocks.0.img_attn.qkv")[kind] for kind in kinds)
+    expected = draw(apply(apply(model, first, 0.6), second, 0.8), (-1.0,))
+    found = draw(apply(apply(model, first, 0.6, window()), second, 0.8, window()), (-1.0,))
+    close(found, expected, draw(model, (-1.0,)))
+
+
 def answer(model, rows, **loading):
     """FLUX's x0 for these of three rows, at log_snr -7.8, -2 and 0, without a sampler around it."""
     from stylewright.nodes.bridge.denoiser import transformer_options
