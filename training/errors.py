@@ -11,3 +11,7 @@ class NonFiniteLoss(TrainingError):
 
 class IncompatibleCheckpoint(TrainingError):
     """A checkpoint belongs to another run: the differing options are named."""
+
+
+class LostProcess(TrainingError):
+    """Of several processes that train together, another one has died or cannot be reached."""

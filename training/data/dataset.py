@@ -17,6 +17,8 @@ from .cache import digest, digest_named
 from .concepts import BASE, PRIOR_SHARE, STYLE, check_prior_share
 from .order import Order
 
+WHOLE = slice(None)
+
 
 @dataclass(frozen=True)
 class Spelling:
@@ -91,15 +93,21 @@ class Dataset:
         """How many pictures there are of the style, however many sizes each is trained at."""
         return len({example.name for example in self.examples if example.role == STYLE})
 
-    def batch(self, seed: int, step: int, micro: int, batch_size: int, accumulation: int = 1) -> Batch:
-        """The batch of one forward pass: ``micro`` of the ``accumulation`` passes of an optimizer step."""
+    def batch(
+        self, seed: int, step: int, micro: int, batch_size: int, accumulation: int = 1, rows: slice = WHOLE
+    ) -> Batch:
+        """The batch of one forward pass: ``micro`` of the ``accumulation`` passes of an optimizer step.
+
+        ``rows``: those of it that are wanted, as they are in the whole.
+        """
         if batch_size < 1 or accumulation < 1:
             raise ValueError(f"Got batch size {batch_size} and accumulation {accumulation}: both are at least 1")
         if not (step >= 0 and 0 <= micro < accumulation):
             raise ValueError(f"Got pass {micro} of step {step}: expected a pass from 0 to {accumulation - 1}")
         numbers = self._order.batch(seed, step * accumulation + micro, batch_size)
         picked = [self.examples[number] for number in numbers]
-        spelt = self._spelt(seed, step, micro, picked)
+        spelt = self._spelt(seed, step, micro, picked)[rows]
+        picked = picked[rows]
         return Batch(
             latents=torch.stack([example.latent for example in picked]),
             conditioning={

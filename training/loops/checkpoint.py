@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..formats.adapters import save_adapter
 from ..formats.metadata import AdapterMetadata, build_metadata
 from ..formats.state import load_state, remove_unfinished, save_state, write_atomically
 from ..formats.styles import Weights
+from ..processes import Processes
 from .config import TrainConfig, config_from_table, config_to_table
 from .samples import save_samples
 from .tables import differences
@@ -184,6 +185,16 @@ def open_run(path: Path) -> Iterator[RunDirectory]:
         yield run
     finally:
         lock.release()
+
+
+@contextmanager
+def opened_by_one(run: Path | RunDirectory | None, processes: Processes) -> Iterator[RunDirectory | None]:
+    """The folder of a run in the process that writes, None in the others. One that is open already stays open."""
+    with ExitStack() as stack:
+        with processes.together():
+            if isinstance(run, Path) and processes.writes:
+                run = stack.enter_context(open_run(run))
+        yield run if isinstance(run, RunDirectory) and processes.writes else None
 
 
 def require_space(path: Path, adapter_bytes: int) -> None:

@@ -1,5 +1,6 @@
 """Losses between two reports. They stay on the device and are moved once, so that no step waits for another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,18 @@ class Meter:
         steps = sorted({batch.step for batch in batches})
         by_step = [torch.cat([b.losses for b in batches if b.step == step]).mean().item() for step in steps]
         return Reading(torch.cat([batch.log_snr for batch in batches]), losses, by_step)
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The readings of processes that had equal shares of the same steps."""
+    if len(readings) == 1:
+        return readings[0]
+    by_step = torch.tensor([reading.by_step for reading in readings], dtype=torch.float64).mean(0).tolist()
+    return Reading(
+        torch.cat([reading.log_snr for reading in readings]),
+        torch.cat([reading.losses for reading in readings]),
+        by_step,
+    )
 
 
 def _check(batches: list[Measured], norms: dict[int, Tensor]) -> list[Measured]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleCheckpoint
+from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, require_space
 from .config import TrainConfig
 from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
-from .meter import Meter
+from .meter import Meter, joined
 from .optimizers import learning_rate_of
 from .samples import find_samples
 from .subject import Subject
@@ -26,7 +27,10 @@ LONGEST_SILENCE = 0.5  # seconds between reports, unless a step takes longer
 
 
 class Recorder:
-    """Keeps a learner's progress in a run's folder; without one, only in memory."""
+    """Keeps a learner's progress in a run's folder; without one, only in memory.
+
+    Of several processes one has the folder. The others have the same history, and do as it does.
+    """
 
     def __init__(
         self,
@@ -37,25 +41,35 @@ class Recorder:
         *,
         subject: Subject,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         """Continues from the folder's checkpoint, or begins with one, so that there is always a state to go back to."""
         self._run, self._learner, self._meter, self._config = run, learner, meter, config
         self._subject, self._device = subject, device
+        self._processes, self._count = processes, processes.count
         self._saved: int | None = None  # step of the checkpoint on disk
-        state = run.load(config, subject.identity) if run else None
+        with processes.together():
+            state = run.load(config, subject.identity) if run else None
+        state = processes.shared(state)
         if state:
             _load(learner, state)
             self._saved = learner.step
             logger.info("continues %s at step %d of %d", run.path if run else "", learner.step, config.steps)
-        self._log = EventLog(run.events if run else None, learner.step)
-        if run:
-            require_space(run.path, sum(p.numel() * p.element_size() for p in learner.parameters))
-            run.save_config(config)
-            self._save_adapter()  # the process before may have been killed between checkpoint and adapter
-            self.save()
-            if learner.step == 0:
-                run.adapter.unlink()  # it does nothing yet; now it is known that it can be written
+            _say_on_how_many(state.get("processes", 1), processes.count)
+        with processes.together():
+            self._log = EventLog(run.events if run else None, learner.step)
+            if run:
+                self._begin(run)
         self._last_report = time.monotonic()
+
+    def _begin(self, run: RunDirectory) -> None:
+        learner = self._learner
+        require_space(run.path, sum(p.numel() * p.element_size() for p in learner.parameters))
+        run.save_config(self._config)
+        self._save_adapter()  # the process before may have been killed between checkpoint and adapter
+        self.save()
+        if learner.step == 0:
+            run.adapter.unlink()  # it does nothing yet; now it is known that it can be written
 
     @property
     def history(self) -> list[Event]:
@@ -64,9 +78,12 @@ class Recorder:
     def catch_up(self, sample: Callable[[int], Tensor | None] | None) -> None:
         """Draws the pictures of a continued run's last step, where an interrupt came before they were there."""
         step, config = self._learner.step, self._config
-        if sample is None or self._run is None or step == 0 or config.sample_every == 0 or step % config.sample_every:
+        if sample is None or step == 0 or config.sample_every == 0 or step % config.sample_every:
             return
-        if step not in find_samples(self._run.samples, config.sample_prompts, until=step):
+        run = self._run
+        if self._processes.shared(
+            run is not None and step not in find_samples(run.samples, config.sample_prompts, until=step)
+        ):
             self._draw(sample)
 
     def observe(self, report: Callable[[Event], None] | None, sample: Callable[[int], Tensor | None] | None) -> None:
@@ -74,28 +91,32 @@ class Recorder:
         step, config = self._learner.step, self._config
         due = sample if config.sample_every > 0 and (step % config.sample_every == 0 or step == config.steps) else None
         saving = step == config.steps or (config.save_every > 0 and step % config.save_every == 0)
-        late = time.monotonic() - self._last_report > LONGEST_SILENCE
+        late = self._processes.shared(time.monotonic() - self._last_report > LONGEST_SILENCE)
         if not (due is not None or saving or late or step % config.report_every == 0):
             return
         event = self._event(None if due is None else self._draw(due))
-        if saving:
-            self.save()
-        if event is not None and report is not None:
-            report(event)
+        with self._processes.together():
+            if saving:
+                self.save()
+            if event is not None and report is not None and self._processes.writes:
+                report(event)
 
     def _draw(self, sample: Callable[[int], Tensor | None]) -> Tensor | None:
-        with self._learner.evaluated():
-            images = sample(self._learner.step)
-        if self._run and images is not None:
-            self._run.save_images(self._learner.step, images, self._config.sample_prompts)
+        with self._processes.passing():  # all of them: a model in parts needs them all, and they would only wait
+            with self._learner.evaluated():
+                images = sample(self._learner.step)
+            if self._run and images is not None:
+                self._run.save_images(self._learner.step, images, self._config.sample_prompts)
         return images
 
     def _event(self, images: Tensor | None = None) -> Event | None:
         """Reads the meter and logs what it says; None if no step was completed since the last time."""
-        learner = self._learner
-        reading = self._meter.read(learner.step)
+        learner, processes = self._learner, self._processes
+        with processes.together():
+            reading = self._meter.read(learner.step)
         if reading is None:
             return None
+        reading = joined(processes.gathered(reading))
         learner.losses += reading.by_step
         event = Event(
             step=learner.step,
@@ -108,7 +129,8 @@ class Recorder:
             peak_bytes=peak_memory(self._device),
             images=images,
         )
-        self._log.append(event)
+        with processes.together():
+            self._log.append(event)
         self._last_report = time.monotonic()
         return event
 
@@ -116,7 +138,8 @@ class Recorder:
         """The checkpoint, and the adapter as it is now. The losses so far must have been read."""
         if not self._run or self._saved == self._learner.step:
             return
-        self._run.save(self._learner.state_dict(), self._config, self._subject.identity)
+        state = {**self._learner.state_dict(), "processes": self._count}
+        self._run.save(state, self._config, self._subject.identity)
         self._saved = self._learner.step
         self._save_adapter()
 
@@ -131,7 +154,9 @@ class Recorder:
         """Whatever is raised inside, ComfyUI's interrupt too: the last complete step is saved before it goes on."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if not self._processes.all_raise(error):
+                self._processes = ALONE  # the others do not come here, or not at the same step
             self._save_what_is_sound()
             raise
 
@@ -150,3 +175,13 @@ def _load(learner: Learner, state: Mapping[str, Any]) -> None:
         learner.load_state_dict(state)
     except (ValueError, KeyError) as error:
         raise IncompatibleCheckpoint(f"The checkpoint belongs to another model: {error}.") from error
+
+
+def _say_on_how_many(before: int, now: int) -> None:
+    if before != now:
+        logger.warning(
+            "the checkpoint is of a run on %d processes, and it continues on %d: with the same samples in every step, "
+            "but sums in another order, so that the result is equal but for rounding, and not bit for bit",
+            before,
+            now,
+        )

@@ -30,16 +30,18 @@ from ..density_words import in_words
 from ..formats.keys import UNET_LAYERS
 from ..formats.starting import Start
 from ..noise import gaussian
+from ..processes import ALONE, Processes
 from ..randomness import generator
 from ..weightings import check_weighting
-from .checkpoint import RunDirectory, open_run
-from .config import TrainConfig
+from .checkpoint import RunDirectory, opened_by_one
+from .config import TrainConfig, config_to_table
 from .events import Event
 from .learner import Learner
 from .meter import Meter
 from .passes import Noised, learn_from
 from .recorder import Recorder
 from .saving import Saving, as_configured
+from .share import require_alike, share_of
 from .subject import parts_of, subject_of
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def train(
     start: Start | None = None,  # an adapter to begin with; None = one that does nothing yet
     text_encoders: Mapping[str, nn.Module] = MappingProxyType({}),  # that the denoiser runs, by their layers' prefix
     text_device: torch.device | None = None,  # where they compute; None = where their weights are
+    processes: Processes = ALONE,  # that train together: each calls this with the same arguments
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -83,11 +86,12 @@ def train(
     which a checkpoint differs; NonFiniteLoss stops a run that diverges. Whatever is raised, also by ``report`` or
     from within the model, the last complete step is saved before it goes on.
     """
-    device = torch.device(device)
+    require_alike(config_to_table(config), processes)
+    device, share = torch.device(device), share_of(config, processes)
     check_weighting(config.weighting, denoiser.prediction, denoiser.process)
     law = cache(partial(_law, denoiser, config))
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(run_dir)) if isinstance(run_dir, Path) else run_dir
+        run = stack.enter_context(opened_by_one(run_dir, processes))
         parts = parts_of(denoiser, config, text_encoders, device=device, text_device=text_device)
         adapter = stack.enter_context(attached_to_parts(parts, config.adapter, seed=config.seed))
         if start is not None:
@@ -110,29 +114,37 @@ def train(
             identity=identity,
             start=start,
         )
-        recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
+        require_alike(subject.identity, processes)
+        recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
         stack.enter_context(recorder.saving_on_exceptions())
         recorder.catch_up(sample)
         while learner.step < config.steps:
             step = learner.step
             uniforms = stratified_uniform(config.samples_a_step, generator(config.seed, "log_snr", step))
-            for micro, u in enumerate(uniforms.split(config.batch_size)):
-                if check is not None:
-                    check()
-                batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation)
+            for micro in share.passes:
+                with processes.together():
+                    if check is not None:
+                        check()
+                    batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation, share.rows)
+                first = micro * config.batch_size + share.rows.start
+                u = uniforms[first : first + share.batch_size]
                 drawn = law(_tokens(batch.latents, latents_per_token)).icdf(u)
-                noise = _noise(batch.latents.shape, config, step, first=micro * config.batch_size)
+                noise = _noise(batch.latents.shape, config, step, first)
                 x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
                 mask = None if batch.mask is None else _moved(batch.mask, device)
                 weights = _moved(batch.weights, device)
                 conditions = _conditions(batch.conditioning, conditioning or {}, len(x0), device)
                 noised = Noised(x0, log_snr, eps, mask, conditions, weights, batch.of_base)
-                losses = learn_from(noised, denoiser, adapter, config, generator(config.seed, "dropout", step, micro))
+                source = generator(config.seed, "dropout", step, micro, *share.part)
+                with processes.passing():
+                    losses = learn_from(noised, denoiser, adapter, config, source)
                 meter.add(step, batch.captions, drawn, losses)
 
+            processes.sum_gradients(learner.parameters, share.parts)
             meter.add_norm(step, clip_grad_norm_(learner.parameters, config.clip_norm or math.inf))
             if device.type == "cpu":  # elsewhere the recorder looks: here it would make every step wait
-                meter.check(step)
+                with processes.together():
+                    meter.check(step)
             with learner.updating():
                 learner.optimizer.step()
                 learner.schedule.step()

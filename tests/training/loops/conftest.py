@@ -34,11 +34,11 @@ class ToyNet(nn.Module):
     def forward(self, x, time, context):
         h, w = x.shape[2:]
         constant = torch.cat([context, time[:, None]], 1)[:, :, None, None].expand(-1, -1, h, w)
-        tokens = torch.cat([x, constant], 1).movedim(1, -1)
+        tokens = torch.cat([x, constant], 1).flatten(2).mT
         tokens = self.inner(tokens)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.outer(tokens).movedim(-1, 1)
+        return self.outer(tokens).mT.unflatten(2, (h, w))
 
 
 class ToyDenoiser:

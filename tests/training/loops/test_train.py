@@ -359,8 +359,8 @@ def spoiling(dataset, at):
     """The same data, except that the second batch of step ``at`` has a NaN."""
 
     class Spoilt(Dataset):
-        def batch(self, seed, step, micro, batch_size, accumulation=1):
-            batch = super().batch(seed, step, micro, batch_size, accumulation)
+        def batch(self, seed, step, micro, *rest):
+            batch = super().batch(seed, step, micro, *rest)
             if (step, micro) == (at, 1):
                 batch.latents[0, 0, 0, 0] = float("nan")
             return batch

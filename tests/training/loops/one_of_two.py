@@ -1,0 +1,154 @@
+"""What each of two processes does for ``test_processes.py``: ``python one_of_two.py RANK PORT FOLDER``.
+
+One start for everything, because imports take longer than all that is trained. Results go into the folder.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stylewright.training.adapters.methods import AdapterConfig
+from stylewright.training.data.dataset import Dataset
+from stylewright.training.formats.state import save_state
+from stylewright.training.loops import train as loop
+from stylewright.training.processes import Processes, group_of_words
+
+METHODS = ("lora", "rslora", "dora", "lokr", "loha", "oft")
+STEPS = {"dealt out": (2, 4), "cut": (4, 1), "both": (3, 2)}  # batch_size, accumulation
+RUN = {"steps": 6, "save_every": 2, "ema_decay": 0.9, "scheduler": "cosine", "clip_norm": 0.05, "caption_dropout": 0.3}
+
+
+def toys():
+    """The network and data of the neighbouring tests."""
+    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("conftest.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOYS = toys()
+
+
+def options(name, method="lora", **changes):
+    batch_size, accumulation = STEPS[name]
+    adapter = AdapterConfig(method=method, rank=4 if method == "oft" else 2)
+    return TOYS.toy_config(batch_size=batch_size, accumulation=accumulation, adapter=adapter, **changes)
+
+
+@contextmanager
+def recorded():
+    """The gradients of every step, as they are clipped."""
+    steps, clip = [], loop.clip_grad_norm_
+
+    def recording(parameters, norm):
+        steps.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        return clip(parameters, norm)
+
+    loop.clip_grad_norm_ = recording
+    try:
+        yield steps
+    finally:
+        loop.clip_grad_norm_ = clip
+
+
+def gradients(processes, method, name):
+    """Of two steps: in the first one many of an adapter's gradients are zero."""
+    with recorded() as steps:
+        loop.train(TOYS.ToyDenoiser(), data(), options(name, method, steps=2), run_dir=None, processes=processes)
+    return steps
+
+
+def data(masked=True):
+    return TOYS.toy_dataset(5, masked)
+
+
+def run(processes, folder, name="dealt out", **changes):
+    changes = {**RUN, **changes}
+    dropout = changes.pop("caption_dropout")
+    toy = data()
+    examples = Dataset(toy.examples, toy.null, dropout)
+    hooks = {key: changes.pop(key) for key in ("report", "check", "on") if key in changes}
+    on = hooks.pop("on", None) or TOYS.ToyDenoiser()
+    return loop.train(on, examples, options(name, **changes), run_dir=folder, processes=processes, **hooks)
+
+
+def refused(call, *args, **kwargs):
+    """Kind and text of what a call raises."""
+    try:
+        call(*args, **kwargs)
+    except BaseException as error:
+        return [type(error).__name__, str(error)]
+    return None
+
+
+class Spoilt(TOYS.ToyDenoiser):
+    """A model that answers NaN in its third call."""
+
+    calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return super().__call__(*args) * (float("nan") if self.calls == 3 else 1.0)
+
+
+def at_call(number, error):
+    """A hook that raises when it is called for this time; without an error the process dies."""
+    calls = 0
+
+    def hook(*_):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            if error is None:
+                os._exit(1)
+            raise error
+
+    return hook
+
+
+def everything(processes, folder):
+    rank, told = processes.rank, {}
+    state = {f"{method} {name}": gradients(processes, method, name) for method in METHODS for name in STEPS}
+    result = run(processes, folder / "straight")
+    state["straight"], told["losses"] = result.adapter_state, result.losses
+    told["samples"] = [event.samples for event in result.history]
+    told["path"] = result.path and str(result.path)
+
+    interrupting = at_call(5, KeyboardInterrupt("by hand")) if rank else None
+    told["interrupt"] = refused(run, processes, folder / "parts", check=interrupting)
+    state["parts"] = run(processes, folder / "parts").adapter_state
+    told["report"] = refused(run, processes, folder / "report", report=at_call(2, OSError("the disk is full")))
+    told["nan"] = refused(run, processes, folder / "nan", on=Spoilt() if rank else None)
+    told["options"] = refused(run, processes, folder / "options", seed=rank, ema_decay=0.5 + rank / 4)
+    told["data"] = refused(train, processes, data(masked=rank == 0))
+    told["uneven"] = refused(train, processes, data(), batch_size=3, accumulation=1)
+    told["of one"] = refused(run, processes, folder / "of one")
+    told["words"] = [processes.shared(rank), processes.gathered(rank)]
+    save_state(folder / f"state-{rank}.safetensors", state)
+
+    lost = {"check": at_call(9, None)} if rank else {}  # last, because nothing can follow
+    told["lost"] = refused(run, processes, folder / "lost", **lost)
+    (folder / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def train(processes, examples, **changes):
+    return loop.train(TOYS.ToyDenoiser(), examples, TOYS.toy_config(**changes), run_dir=None, processes=processes)
+
+
+def main(rank, port, folder):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    everything(Processes(group_of_words()), Path(folder))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
