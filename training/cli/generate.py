@@ -14,6 +14,7 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..adapters.attach import Adapter
     from ..hosts.host import Host
 
 Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")]
@@ -25,6 +26,9 @@ Plain = Annotated[
 ]
 Negative = Annotated[str, typer.Option(help="What to keep away from, where the model is guided.")]
 Guidance = Annotated[float | None, typer.Option(help="Of classifier-free guidance. (default: the model's own)")]
+StyleGuidance = Annotated[
+    float, typer.Option(help="FineStyle's first scale: more of what the adapter changes, beside --guidance.")
+]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. (default: the model's own)")]
 Out = Annotated[Path, typer.Option(help="Folder for the pictures.")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16, of the model's weights.")]
@@ -40,6 +44,7 @@ def generate(
     seed: int = 0,
     steps: int = 20,
     guidance: Guidance = None,
+    style_guidance: StyleGuidance = 0.0,
     size: Size = None,
     precision: Precision = "float32",
     device: str = "auto",
@@ -49,6 +54,7 @@ def generate(
     """Draw pictures, each in the adapter's style: "a cat" becomes "a cat in {style phrase} style"."""
     import torch
 
+    from ..guidance import finestyle
     from ..hosts.generate import generate as draw
     from ..hosts.loading import load_host
     from ..loops.config import PRECISIONS
@@ -58,14 +64,17 @@ def generate(
         raise ValueError(f"Got --precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     pixels = size_of(size)
     host = load_host(model, device_of(device), getattr(torch, precision), components=components)
-    with wearing(host, adapter) as (host, phrase), progress_bar() as update:
+    with wearing(host, adapter) as (host, phrase, attachment), progress_bar() as update:
+        scale = host.guidance_scale if guidance is None else guidance
         asked = prompts if plain else in_style(prompts, phrase)
         pictures = draw(
             host,
             asked,
             seed=seed,
             steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=scale,
+            guidance=finestyle(style_guidance, scale - 1) if style_guidance else None,
+            adapter=attachment,
             size=pixels,
             negative=negative,
             callback=lambda step, total, _: update("drawing", step, total),
@@ -76,14 +85,14 @@ def generate(
 
 
 @contextmanager
-def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str]]:
+def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "Adapter | None"]]:
     """Inside, the host's model has the adapter of this file. Gives the host to draw with, whose text encoders have
-    their part of it, and the adapter's style phrase, "" if it has none.
+    their part of it, the adapter's style phrase, "" if it has none, and the adapter.
 
     ValueError for an adapter of another family, or one whose layers the model does not have.
     """
     if adapter is None:
-        yield host, ""
+        yield host, "", None
         return
     from ..adapters.attach import attached_to_parts, parts_named
     from ..adapters.methods import AdapterConfig
@@ -102,7 +111,7 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str]]:
     trees = {"": host.denoiser.module, **host.text_encoders}
     with attached_to_parts(parts_named(trees, loaded.names, family), config, seed=0) as attachment:
         attachment.load_state_dict(loaded.state)
-        yield host, loaded.about.style_phrase if loaded.about else ""
+        yield host, loaded.about.style_phrase if loaded.about else "", attachment
 
 
 def weights_of(host: "Host") -> Callable[[str], "Tensor"]:

@@ -5,10 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..adapters.attach import Adapter
 from ..denoiser import Conditioning
+from ..guidance import Guidance
 from ..noise import gaussian
 from ..randomness import generator
 from ..sampling import sample
+from .guided import GuidedDenoiser
 from .host import Host
 
 
@@ -23,12 +26,15 @@ def generate(
     guidance_scale: float | None = None,  # None = the host's own
     size: tuple[int, int] | None = None,  # height and width in pixels; None = the host's resolution, square
     negative: str = "",
+    guidance: Guidance | None = None,  # a rule that takes the place of ``guidance_scale``; for the ``adapter`` …
+    adapter: Adapter | None = None,  # … that is on the host's model
     callback: Callable[[int, int, Tensor], None] | None = None,
 ) -> Tensor:
     """One picture a prompt, (b, 3, h, w) in [0, 1] on the CPU.
 
     Picture i depends on (seed, i) alone, not on how many are drawn with it. ValueError where there are no prompts, and
-    for a size that the model cannot draw.
+    for a size that the model cannot draw, or a rule
+    without an adapter.
     """
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
@@ -42,12 +48,19 @@ def generate(
     def conditioning(texts: list[str]) -> Conditioning:
         return with_extras(host.encode_prompts(texts), host.sampling_conditioning)
 
+    denoiser, asked, null = host.denoiser, conditioning(prompts), None
+    if guidance is not None:
+        if adapter is None:
+            raise ValueError("a rule that tells a model with an adapter from one without needs an adapter: give one")
+        denoiser, scale = GuidedDenoiser(denoiser, adapter, guidance, conditioning([negative] * len(prompts))), 1.0
+    elif scale != 1.0:
+        null = conditioning([negative] * len(prompts))
     latents = sample(
-        host.denoiser,
+        denoiser,
         noise.to(host.device),
-        conditioning(prompts),
+        asked,
         log_snrs=host.schedule(steps, height * width // host.pixels_per_token**2),
-        null_conditioning=None if scale == 1.0 else conditioning([negative] * len(prompts)),
+        null_conditioning=null,
         guidance_scale=scale,
         callback=callback,
     )

@@ -1,12 +1,14 @@
 """Drawing with a host whose model and encoders are known exactly."""
 
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from gaussian import GaussianDenoiser
 
 from stylewright.training.clocks import flow_schedule
+from stylewright.training.guidance import cfg, finestyle, styledrop
 from stylewright.training.hosts.generate import generate, with_extras
 from stylewright.training.hosts.host import Host
 
@@ -97,6 +99,55 @@ def test_guidance_is_the_hosts_unless_it_is_given():
     assert world.saw("prompts") == [["2"], [""], ["2"], [""], ["2"]]  # without guidance nothing is to keep away from
     away = generate(world.host(), ["2"], guidance_scale=2.0, negative="1", **options)
     assert away.mean() == pytest.approx(1 + 2 * (2 - 1), abs=0.3)
+
+
+class Shift:
+    """An adapter for the world, which moves every prompt's mean by 1."""
+
+    def __init__(self, world):
+        self.world, self.on = world, True
+
+    @contextmanager
+    def enabled(self, active):
+        before, self.on = self.on, active
+        yield
+        self.on = before
+
+    def host(self):
+        denoiser = self.world.denoiser
+
+        def shifted(x_t, log_snr, conditioning):
+            return denoiser(x_t, log_snr, {"mean": conditioning["mean"] + self.on})
+
+        shifted.process = shifted.prediction = "flow"
+        return replace(self.world.host(), denoiser=shifted)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "mean", "asked"),
+    [
+        (finestyle(1.5, 2.0), (2 + 1) + 1.5 * 1 + 2.0 * (2 - 0.5), 3),  # the null prompt's mean is 0.5
+        (finestyle(1.5, 0.0), (2 + 1) + 1.5 * 1, 2),
+        (styledrop(1.5, 2.0), (2 + 1) + 1.5 * 1 + 2.0 * (2 - 0.5), 3),  # the same, since the shift is everywhere
+        (cfg(3.0), (2 + 1) + 2.0 * (2 - 0.5), 2),
+        (cfg(1.0), 2 + 1, 1),
+        (finestyle(-1.0, 0.0), 2, 1),  # the base alone
+    ],
+)
+def test_a_rule_tells_the_model_with_its_adapter_from_the_base(guidance, mean, asked):
+    """Equal deviations make the guided mean the same weighted sum of the four means."""
+    world = World(scale=3.0)
+    adapter = Shift(world)
+    pictures = generate(
+        adapter.host(), ["2"], seed=0, steps=40, negative="0.5", guidance=guidance, adapter=adapter, size=(96, 96)
+    )
+    assert pictures.mean() == pytest.approx(mean, abs=0.1)
+    assert len(world.saw("conditions")) == 40 * asked, "what has no weight is not predicted"
+
+
+def test_a_rule_needs_an_adapter():
+    with pytest.raises(ValueError, match="needs an adapter"):
+        generate(World().host(), ["2"], seed=0, guidance=finestyle(1, 2))
 
 
 def test_extra_conditions_are_those_of_sampling_for_every_row():

@@ -225,7 +225,7 @@ def test_the_command_line_draws_with_the_whole_file(host_of, tmp_path):
         adapter.load_state_dict(state)
         with torch.no_grad():
             expected = host.denoiser(latents(host, 1), LOG_SNR[:1], host.encode_prompts(prompts))
-    with wearing(before, tmp_path / "adapter.safetensors") as (worn, phrase), torch.no_grad():
+    with wearing(before, tmp_path / "adapter.safetensors") as (worn, phrase, _), torch.no_grad():
         got = worn.denoiser(latents(worn, 1), LOG_SNR[:1], worn.encode_prompts(prompts))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert phrase == ""
