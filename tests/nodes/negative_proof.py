@@ -25,8 +25,8 @@ def shape_of(family, batch=1):
     return (batch, tiny.channels, *((1,) if film else ()), *tiny.size)
 
 
-def draw(model, family, positive, negative=None, cfg=1.0, batch=1, sigmas=None, seed=0):
-    """Samples with euler from noise that is the same every time."""
+def draw(model, family, positive, negative=None, cfg=1.0, batch=1, sigmas=None, seed=0, part=slice(None)):
+    """Samples with euler from noise that is the same every time, of the picture or of a ``part`` of its width."""
     import comfy.samplers
 
     guider = comfy.samplers.CFGGuider(model)
@@ -35,10 +35,10 @@ def draw(model, family, positive, negative=None, cfg=1.0, batch=1, sigmas=None, 
     top = float(model.get_model_object("model_sampling").sigma_max)
     sigmas = torch.tensor([top, 0.4 * top, 0.0] if sigmas is None else sigmas)
     shape = shape_of(family, batch)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[..., part]
     with torch.inference_mode():
         return guider.sample(
-            noise, torch.zeros(shape), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
         )
 
 

@@ -183,10 +183,33 @@ def test_value_sign_flip_on_top_of_nasa(family, tiny, prompts, tiny_prompt):
     alike(draw(apply(below, second, guidance("vsf", 0.7)), family, positive), expected, base)
 
 
-def test_two_on_pixart_are_refused(tiny, prompts):
-    model, (_, negative) = tiny("pixart"), prompts("pixart")
-    with pytest.raises(ValueError, match=r"two negative prompts.*Conditioning \(Combine\)"):
-        apply(apply(model, negative, guidance("nag")), negative, guidance("nag"))
+@pytest.mark.parametrize("family", ["pixart", "flux"])
+def test_two_at_one_noise_level_are_refused(family, tiny, prompts):
+    model, (positive, negative) = tiny(family), prompts(family)
+    both = apply(apply(model, negative, guidance("nag")), negative, guidance("nag"))
+    with pytest.raises(ValueError, match=r"two negative prompts act .* at the same noise level.*Conditioning \(Comb"):
+        draw(both, family, positive)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "wan21", "ltxv", "flux", "lumina2", "hunyuan-video", "auraflow"])
+def test_two_in_windows_of_their_own(family, tiny, prompts, tiny_prompt):
+    """As one node whose negative prompts have these ranges of steps, whichever of the two nodes comes first."""
+    from stylewright.nodes.bridge.noise_levels import noise_levels
+    from stylewright.training.windows import Window
+
+    model, (positive, first), second = tiny(family), prompts(family), tiny_prompt(family, 3, 9)
+    sigmas, weights = sigmas_of(model), guidance("nag")
+    middle = float(noise_levels(model).log_snr(torch.tensor(0.8 * sigmas[0])))
+    early, late = Window(high=middle), Window(low=middle)
+    ranged = [
+        [[text, {**values, name: 0.8 * sigmas[0]}] for text, values in prompt]
+        for prompt, name in ((first, "timestep_end"), (second, "timestep_start"))
+    ]
+    expected = draw(apply(model, [*ranged[0], *ranged[1]], weights), family, positive, sigmas=sigmas)
+    orders = ((first, early), (second, late)), ((second, late), (first, early))
+    for (one, its), (other, others) in orders:
+        both = apply(apply(model, one, weights, its), other, weights, others)
+        alike(draw(both, family, positive, sigmas=sigmas), expected, draw(model, family, positive, sigmas=sigmas))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -124,3 +124,39 @@ def test_windows_and_ranges(family, tiny, tiny_prompt):
     assert all(not torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
     nowhere = apply(model, negative, guidance("nag"), Window(low=90.0))
     assert torch.equal(draw(nowhere, family, positive), base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", CROSS)
+def test_batches_without_guidance(family, method, tiny, tiny_prompt):
+    """Several pictures at CFG 1, and a negative prompt of a row for each."""
+    model, positive, negative = tiny(family), tiny_prompt(family, 5, 1), tiny_prompt(family, 7, 2)
+    base = draw(model, family, positive, batch=3)
+    expected = reference(model, family, positive, negative, method, batch=3)
+    close(draw(apply(model, negative, guidance(method)), family, positive, batch=3), expected, base)
+    rows = [[torch.cat([text] * 3), values] for text, values in negative]
+    if "attention_mask" not in negative[0][1] and "t5xxl_ids" not in negative[0][1]:
+        close(draw(apply(model, rows, guidance(method)), family, positive, batch=3), expected, base)
+
+
+@pytest.mark.parametrize(("family", "side"), [("sd15", 4), ("pixart", 24), ("wan21", 4), ("flux", 4)])
+def test_pictures_in_tiles(family, side, tiny, tiny_prompt):
+    """As nodes for large pictures run a model, tile after tile, of two sizes."""
+    model, positive, negative = tiny(family), tiny_prompt(family, 5, 1), tiny_prompt(family, 7, 2)
+    sizes = []
+
+    def in_tiles(apply_model, given):
+        tiles = given["input"].split([given["input"].shape[-1] - side, side], -1)
+        sizes.extend(tile.shape[-1] for tile in tiles)
+        return torch.cat([apply_model(tile, given["timestep"], **given["c"]) for tile in tiles], -1)
+
+    tiled, after = model.clone(), apply(model, negative, guidance("nag"))
+    tiled.set_model_unet_function_wrapper(in_tiles)
+    after.set_model_unet_function_wrapper(in_tiles)
+    base, found = draw(tiled, family, positive), draw(after, family, positive)
+    assert len(set(sizes)) == 2 and (found - base).norm() > 1e-3 * base.norm()
+    assert torch.equal(found, draw(apply(tiled, negative, guidance("nag")), family, positive))
+    # Each tile is drawn as a picture of its own would be, where a step is one call.
+    top = float(model.get_model_object("model_sampling").sigma_max)
+    alone = draw(apply(model, negative, guidance("nag")), family, positive, sigmas=[top, 0.0], part=slice(-side, None))
+    assert torch.allclose(draw(after, family, positive, sigmas=[top, 0.0])[..., -side:], alone, rtol=1e-4, atol=1e-4)

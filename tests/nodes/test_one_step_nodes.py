@@ -157,6 +157,71 @@ def test_progress_and_interrupts(sdxl, prompt, monkeypatch):
     assert torch.equal(one_step(sdxl, prompt, zeros(), preset="DMD2 SDXL, 4 steps")["samples"], drawn)
 
 
+def test_previews_of_every_step(sdxl, prompt, monkeypatch):
+    """Pictures, as other samplers send them."""
+    import comfy.utils
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    sent = []
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    before = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(lambda *given, **named: sent.append(given))
+    try:
+        one_step(sdxl, prompt, zeros(), preset="DMD2 SDXL, 4 steps")
+    finally:
+        comfy.utils.set_progress_bar_global_hook(before)
+    pictures = [(value, total, preview[1].size) for value, total, preview, *_ in sent if preview]
+    assert pictures == [(step, 4, (8, 8)) for step in range(1, 5)]
+
+
+def test_large_latents_and_decoding_in_tiles(embedded):
+    """A picture sixteen times as large as the model's own, and its decoding tile by tile beside that of the whole."""
+    import nodes
+
+    with torch.inference_mode():
+        prompt = embedded.clip.encode_from_tokens_scheduled(embedded.clip.tokenize("a circle"))
+        side = embedded.vae.spacial_compression_decode()
+        drawn = one_step(embedded.model, prompt, levels="0.9", width=64 * side, height=48 * side, batch_size=2)
+        (whole,) = nodes.VAEDecode().decode(embedded.vae, drawn)
+        (tiled,) = nodes.VAEDecodeTiled().decode(embedded.vae, drawn, 32 * side, overlap=8 * side)
+    assert drawn["samples"].shape[-2:] == (48, 64) and bool(drawn["samples"].isfinite().all())
+    assert tiled.shape == whole.shape == (2, 48 * side, 64 * side, 3)
+    assert (tiled - whole).abs().mean() < 0.05 * whole.std()
+
+
+def test_a_model_that_is_asked_tile_after_tile(tiny, tiny_prompt):
+    """As nodes for large pictures do: each tile is drawn as it would be alone from its part of the noise."""
+    import comfy.sample
+
+    model, prompt, seen = tiny("sd21"), tiny_prompt("sd21", 5), []
+
+    def in_tiles(apply_model, given):
+        tiles = given["input"].split(8, -1)
+        seen.extend(tile.shape for tile in tiles)
+        return torch.cat([apply_model(tile, given["timestep"], **given["c"]) for tile in tiles], -1)
+
+    tiled = model.clone()
+    tiled.set_model_unet_function_wrapper(in_tiles)
+    latent = {"samples": torch.zeros(1, 4, 8, 16)}
+    drawn = one_step(tiled, prompt, latent, levels="399")["samples"]
+    assert len(seen) == 2
+    noise = comfy.sample.prepare_noise(latent["samples"], 3)
+    for part in (slice(0, 8), slice(8, 16)):
+        alone = stock_of_noise(model, prompt, noise[..., part], levels="399")
+        torch.testing.assert_close(drawn[..., part], alone, rtol=1e-4, atol=1e-4)
+
+
+def stock_of_noise(model, prompt, noise, **widgets):
+    """What a CFGGuider draws of noise with the parts."""
+    import comfy.samplers
+
+    sampler, sigmas, _ = parts(model, **widgets)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": prompt})
+    with torch.inference_mode():
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=3)
+
+
 def test_masks_of_other_nodes_are_theirs(sdxl, prompt):
     """DifferentialDiffusion decides at each step what of a soft mask is drawn: at the first, what is above 0."""
     from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion

@@ -23,6 +23,7 @@ from .conds import Encoded, Negatives, weighted
 from .reach import Layer, LayerForward, hidden, replaced
 
 KEY = "stylewright.negative"
+MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in a model that takes one node's
 POSITIVE = 0  # of ``cond_or_uncond``, where nothing else tells
 
 
@@ -224,6 +225,15 @@ class Gate:
             for each, start, end in found[size]
             if (start is None or sigma <= start) and (end is None or sigma >= end)
         ]
+
+
+def check_single(options: Mapping[str, Any]) -> None:
+    """ValueError where another node's negative prompt is in this call, too."""
+    if options.get(MARK):
+        raise ValueError(
+            "two negative prompts act on this model at the same noise level: join them with Conditioning (Combine), or "
+            "give them windows that do not overlap"
+        )
 
 
 def _positive(guider: Any) -> frozenset | None:

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from ....training.attention_guidance import AttentionGuidance
 from .conds import Negatives
-from .gate import Call, Gate, Inputs
+from .gate import MARK, Call, Gate, Inputs, check_single
 from .reach import Layer, blocks, replaced
 from .split import IMAGE, OVERRIDE, POSITIVE, Layout, SplitAttention
 
 DOUBLE_AND_SINGLE = ("double_blocks", "single_blocks")
-MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in the sequence
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ def by(
         base, layers = model.model, blocks(model.model.diffusion_model, names)
 
         def run(go: Callable[[Inputs], Tensor], inputs: Inputs, call: Call) -> Tensor:
-            if inputs.options.get(MARK):
-                raise ValueError(
-                    "two negative prompts act on this model at the same noise level: join them with Conditioning "
-                    "(Combine), or give them windows that do not overlap"
-                )
+            check_single(inputs.options)
             ready, network = prepare(base, inputs, call), base.diffusion_model
             doubtful = replaced(layers, network, base.current_patcher, inputs.options)
             attention = SplitAttention(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....training.attention_guidance import AttentionGuidance, Tokens
 from .attend import Attentions, answer, taken
 from .conds import Negatives
-from .gate import Call, Gate, Inputs
+from .gate import MARK, Call, Gate, Inputs, check_single
 from .reach import LayerForward
 from .separate import Layout, lengthened
 
@@ -29,9 +29,8 @@ def attach(
     for number, name in enumerate(layers):
         path = f"diffusion_model.{name}.forward"
         before = model.get_model_object(path)
-        if isinstance(before, LayerForward):
-            raise ValueError("two negative prompts on one PixArt model: join them with Conditioning (Combine)")
-        if getattr(before, "__self__", None) is not network.get_submodule(name):
+        ours = isinstance(before, LayerForward)  # another negative prompt's, at other noise levels
+        if not ours and getattr(before, "__self__", None) is not network.get_submodule(name):
             raise ValueError(
                 f"another node has replaced {name} of this model, and PixArt's attention can be reached in one way "
                 "only: put the negative prompt on the model before that node, or remove one of the two"
@@ -39,7 +38,8 @@ def attach(
         model.add_object_patch(path, _Forward(current, number, network.get_submodule(name), before))
 
     def run(go: Callable[[Inputs], Tensor], inputs: Inputs, call: Call) -> Tensor:
-        longer = lengthened(inputs, call, range(len(layers)))
+        check_single(inputs.options)
+        longer = lengthened(inputs.with_options(**{MARK: True}), call, range(len(layers)))
         told = current.set((call, longer.options))
         try:
             return go(longer)
