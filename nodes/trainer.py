@@ -13,7 +13,7 @@ from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, links, plain
-from .trainer_more_inputs import consistency, fitting, given, keeping, starting, text_encoder
+from .trainer_more_inputs import consistency, fitting, given, keeping, starting, style_inject, text_encoder
 from .trainer_samples import sampling
 
 
@@ -43,6 +43,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
                 *given(),
                 *text_encoder(),
                 *consistency(),
+                *style_inject(),
             ],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
@@ -119,6 +120,8 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         text_encoder_learning_rate: float = 0.0,
         text_encoder_targets: str = "attention",
         dco_beta: float = 0.0,
+        branches: int = 4,
+        injection: str = "f2c",
         density: StyleDensity | None = None,
         init_lora: dict | None = None,
         latents: list[dict] | None = None,
@@ -156,7 +159,13 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             sample_every=sample_every,
             sample_prompts=tuple(line.strip() for line in sample_prompt.splitlines() if line.strip()),
             adapter=AdapterConfig(
-                method=method, rank=rank, alpha=alpha or None, targets=patterns or targets, dropout=dropout
+                method=method,
+                rank=rank,
+                alpha=alpha or None,
+                targets=patterns or targets,
+                dropout=dropout,
+                branches=branches,
+                injection=injection,
             ),
             text_encoder_learning_rate=text_encoder_learning_rate,
             text_encoder_targets=text_encoder_targets,

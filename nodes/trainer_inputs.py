@@ -98,7 +98,10 @@ def plain() -> list[io.Input]:
             "method",
             options=list(METHODS),
             default="lora",
-            tooltip="Kind of adapter. lora loads everywhere; the others load in ComfyUI.",
+            tooltip=(
+                "Kind of adapter. lora loads everywhere; the others load in ComfyUI, and styleinject, which acts by "
+                "the input of each layer, with Load Style LoRA alone."
+            ),
         ),
         io.Combo.Input("optimizer", options=list(OPTIMIZERS), default="adam", tooltip="adam is the paper's."),
         io.Combo.Input(

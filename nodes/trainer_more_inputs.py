@@ -1,4 +1,5 @@
-"""Inputs of the trainer that came later: runs that go on, memory, other beginnings, text encoders, DCO.
+"""Inputs of the trainer that came later: runs that go on, memory, other beginnings, text encoders, DCO,
+StyleInject.
 
 Each is optional, with its default in ``execute`` too, so that prompts from before it run as they did. Add at the end.
 """
@@ -7,6 +8,7 @@ from comfy_api.latest import io
 
 from ..training.adapters.targets import TEXT_TARGETS
 from ..training.loops.config import MEMORY
+from ..training.style_inject import FORMS
 from .bridge.resuming import AUTOMATIC, RESUME
 from .sockets import LORA
 
@@ -141,5 +143,34 @@ def consistency() -> list[io.Input]:
             advanced=True,
             tooltip="Of the loss dco: how soon doing better than the base model is enough. 0 = what is published: 1000 "
             "for SD and SDXL, 1 for SD3, FLUX and other flows.",
+        ),
+    ]
+
+
+def style_inject() -> list[io.Input]:
+    """The widgets of the method of that name."""
+    return [
+        io.Int.Input(
+            "branches",
+            default=4,
+            min=1,
+            max=64,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Of the method styleinject: down-projections, each of the rank, which a router weighs for each "
+                "picture. Of about the size of a LoRA of rank 16: 4 branches of rank 4."
+            ),
+        ),
+        io.Combo.Input(
+            "injection",
+            options=list(FORMS),
+            default=FORMS[0],
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Of the method styleinject. f2c: spreads of features change with the input, and their means stay. f1: "
+                "one new spread for each channel. f2: as f2c, and means may move. lora: branches alone, to compare."
+            ),
         ),
     ]

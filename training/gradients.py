@@ -7,6 +7,7 @@ nobody notices: the recomputed block starts from the wrong tensor and the gradie
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
@@ -111,13 +112,16 @@ def _checkpointed(block: nn.Module, streams: _Streams, garage: Garage | None) ->
 
 
 def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage: Garage | None) -> Callable:
-    """``forward`` that keeps only its inputs, and gives each of its runs copies to write into."""
+    """``forward`` that keeps only its inputs, and gives each of its runs copies to write into.
 
-    def on_copies(names: tuple[str, ...], _: Tensor | None, *values: Any) -> Any:
+    Each run of a call sees the context variables that the first one saw, which the network may have set anew since.
+    """
+
+    def on_copies(context: Context, names: tuple[str, ...], _: Tensor | None, *values: Any) -> Any:
         values = tuple(_copied(garage.take(value) if garage else value) for value in values)
         args, kwargs = values[: len(values) - len(names)], dict(zip(names, values[-len(names) :], strict=False))
         streams.enter(block, args, kwargs)
-        return forward(*args, **kwargs)
+        return context.copy().run(forward, *args, **kwargs)
 
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -128,7 +132,7 @@ def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage:
         values = tuple(dict(value) if type(value) is dict else value for value in values)
         values = map(garage.park, values) if garage else values
         # torch reads from a tensor among the arguments which device's generator it has to put back.
-        return recompute_later(on_copies, tuple(kwargs), device, *values, use_reentrant=False)
+        return recompute_later(on_copies, copy_context(), tuple(kwargs), device, *values, use_reentrant=False)
 
     return recomputing
 

@@ -26,6 +26,7 @@ from .families import OTHER, family_of, model_name
 from .files import adapter_path
 from .fitting import Fitted, fit, missized, place_of, spellings
 from .frozen_layers import ComfyWeights
+from .hooked import hook, placed_layers
 from .text_encoders import has_clip, trainable_text_encoders
 from .windowed import act_within
 
@@ -115,6 +116,8 @@ def apply_adapter(
     refuse_foreign(model, lora)
     refuse_non_finite(lora)
     refuse_incomplete(lora)
+    if lora.file.unmergeable:
+        return _apply_hooked(model, clip, lora, strengths, warn)
     names = spellings(model, clip)
     fitted = fit(lora, names, with_text=clip is not None)
     # Families share names of layers (Chroma has FLUX's). What does not say its family is taken if all of it fits.
@@ -148,6 +151,28 @@ def apply_adapter(
     idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
     left_out = 0 if clip is not None else sum(name.startswith(TEXT_ENCODER) for name in lora.file.layers)
     return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle), left_out)
+
+
+def _apply_hooked(
+    model: comfy.model_patcher.ModelPatcher,
+    clip: comfy.sd.CLIP | None,
+    lora: AdapterTensors,
+    strengths: Strengths,
+    warn: Callable[[str], None],
+) -> Applied:
+    """The same of an adapter that no patch of weights can express. It changes no text encoder."""
+    groups = groups_of(layer_names(model))
+    factors = layer_strengths(groups, strengths.groups)
+    placed = placed_layers(model, lora.file)
+    if not placed.layers:
+        raise ValueError(_nothing_fits(model, lora, list(placed.missized)))
+    model = model.clone()
+    weights = {name: strengths.model * factors.get(layer_of(name), 1.0) for name in placed.weights}
+    hook(model, placed, weights, strengths.window, warn)
+    adapted = set(map(layer_of, placed.weights))
+    idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
+    clip = clip and clip.clone()
+    return Applied(model, clip, len(placed.layers), placed.homeless, placed.missized, tuple(idle), left_out=0)
 
 
 def _mostly_fits(model: comfy.model_patcher.ModelPatcher, lora: AdapterTensors, fitted: Fitted) -> bool:

@@ -19,6 +19,8 @@ from .differentiable import ordinary
 class Term(nn.Module):
     """What one patch adds to one layer. Its strength is part of its tensors."""
 
+    reads_text = False  # whether it has to know which tokens of a prompt are its own
+
     def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         for name, tensor in tensors.items():

@@ -1,8 +1,9 @@
-"""An adapter that acts at some noise levels only.
+"""An adapter that is no patch of weights: one that acts at some noise levels only, or by the input of its layers.
 
 For every call of the model its noise level decides how strongly the adapter acts. Where it does, hooks add it to the
 layers' outputs (:mod:`.terms`) for the time of that call; where it does not, there are no hooks, and the model answers
-as if there were no adapter, bit for bit. No weight is patched.
+as if there were no adapter, bit for bit. No weight is patched. Of several such adapters each is added to what those
+before it, in the order of their loaders, have left.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
+from ...training.adapters.text_tokens import told_of_text
 from ...training.data.captions import listed
 from ...training.windows import Window
 from .families import latents_per_token
@@ -171,6 +173,8 @@ def _hooked(model: nn.Module, terms: list[tuple[Place, Term]], strengths: float 
     """Inside, the terms are part of the model. Gives the set that the names of the layers that ran are put in."""
     reached: set[str] = set()
     with ExitStack() as stack:
+        if any(term.reads_text for _, term in terms):
+            stack.enter_context(told_of_text(model.get_submodule("diffusion_model")))
         for place, term in terms:
             layer, hook = model.get_submodule(place.layer), _Hook(place, term, strengths, reached)
             # What the last adapter does to the input, those before it see: as a later patch is of the weight so far.

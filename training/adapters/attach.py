@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ..frozen import frozen_products, is_readable
 from ..randomness import generator
+from ..style_inject import ROUTER_STD
 from .deltas import recomputed_deltas
 from .keys_values import Rows, keep_to, own_places, stacked_rows
 from .low_rank import low_rank_products
-from .methods import READS_WEIGHTS, AdapterConfig, check_layers, peft_config
+from .methods import READS_WEIGHTS, STYLE_INJECT, AdapterConfig, check_layers, peft_config
 from .stand_in import StandIn, needs_stand_in, stand_in
 from .targets import resolve_targets, target_patterns
+from .text_tokens import told_of_text
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # Zero at the start, so that the adapter does nothing: parts of peft's parameter names. The rest is drawn.
 # DoRA's magnitudes are measured afterwards.
 ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
+ZERO_AT_START |= {"styleinject_B", "styleinject_r"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def attached(
     stacked = stacked_rows(config.targets, {name: module.get_submodule(name) for name in names})
     _refuse_unreadable(module, config, names)
     with frozen_products(module), _restored(module, names):
-        layers = _inject(module, config, names, stacked)
+        layers = _inject(module, config, names, stacked, family)
         tensors = {prefix + name: tensor for name, tensor in _tensors(module, layers).items()}
         for name, tensor in tensors.items():
             _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
@@ -153,7 +156,8 @@ def attached(
         for name, rows in stacked.items():
             second = tensors[f"{prefix}{name}.lora_B.weight"]
             keep_to(second, own_places(rows, len(second), config.rank))
-        with low_rank_products(layers.values()), recomputed_deltas(layers.values()):
+        told = told_of_text(module) if config.method == STYLE_INJECT else nullcontext()
+        with low_rank_products(layers.values()), recomputed_deltas(layers.values()), told:
             yield Adapter(config, {prefix + name: layer for name, layer in layers.items()}, tensors)
 
 
@@ -240,14 +244,14 @@ def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def _inject(
-    module: nn.Module, config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows]
+    module: nn.Module, config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows], family: str
 ) -> dict[str, "BaseTunerLayer"]:
     """Lets peft wrap the layers. What it draws for them is thrown away, and the global generators put back."""
     from peft import inject_adapter_in_model
 
     shown = _stand_ins(module, names)
     with torch.random.fork_rng(_cuda_devices(module.parameters())):
-        inject_adapter_in_model(peft_config(config, names, stacked), module)
+        inject_adapter_in_model(peft_config(config, names, stacked, family), module)
     layers = {name: module.get_submodule(name) for name in names}
     for layer in layers.values():
         layer.eval()
@@ -293,10 +297,13 @@ def _initialise(
     """peft's initial laws, drawn in float32 on the CPU whatever the model's type and device."""
     drawn = torch.zeros(tensor.shape)
     parts = set(name.split("."))
-    if config.init == "gaussian" and "lora_A" in parts:
+    if config.init == "gaussian" and parts & {"lora_A", "styleinject_A"}:
         drawn.normal_(std=1 / config.rank, generator=source)
+    elif "styleinject_R" in parts:
+        drawn.normal_(std=ROUTER_STD, generator=source)
     elif not parts & ZERO_AT_START:
-        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=source)
+        branches = drawn.flatten(0, 1) if "styleinject_A" in parts else drawn
+        nn.init.kaiming_uniform_(branches, a=5**0.5, generator=source)
     tensor.data = drawn.to(device or tensor.device, dtype)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..style_inject import FORMS
 from . import keys_values
 from .keys_values import Rows, stacked_rows
 
@@ -24,7 +25,9 @@ class AdapterConfig:
     ``alpha``: the adapter's output is scaled by alpha/rank (alpha/sqrt(rank) for rslora). None = rank. OFT has none.
     ``targets``: a preset of :mod:`.targets`, or patterns.
     ``dropout``: of the adapter's input (the LoRA family) or of whole layers (lokr, loha), in [0, 1). OFT has none.
-    ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family.
+    ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family and of
+    styleinject.
+    ``branches``: down-projections of styleinject, each of the rank. ``injection``: how they act, one of its forms.
     """
 
     method: str = "lora"
@@ -33,6 +36,8 @@ class AdapterConfig:
     targets: str | tuple[str, ...] = "style"
     dropout: float = 0.0
     init: str = "gaussian"
+    branches: int = 4
+    injection: str = FORMS[0]
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,6 +54,15 @@ class AdapterConfig:
             raise ValueError(f"dropout is {self.dropout}: expected a share in [0, 1)")
         if self.init not in INITS:
             raise ValueError(f"unknown init {self.init!r}: expected one of {', '.join(INITS)}")
+        if self.branches < 1:
+            raise ValueError(f"branches is {self.branches}: expected at least 1, for example 4")
+        if self.injection not in FORMS:
+            raise ValueError(f"unknown injection {self.injection!r}: expected one of {', '.join(FORMS)}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the method has besides rank and alpha, for the adapter's file."""
+        return {"branches": self.branches, "injection": self.injection} if self.method == STYLE_INJECT else {}
 
     @property
     def scale_alpha(self) -> float:
@@ -56,6 +70,8 @@ class AdapterConfig:
         return self.rank if self.alpha is None else self.alpha
 
 
+STYLE_INJECT = "styleinject"
+UNMERGEABLE = (STYLE_INJECT,)  # acts by the input, and is no change of weights: a file that only our loader can load
 READS_WEIGHTS = ("dora", "oft")  # needs the numbers of the frozen weights: to train, or to write files
 INITS = ("gaussian", "uniform")
 
@@ -82,6 +98,10 @@ def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None
                 f"oft rotates blocks of {config.rank} inputs, and the layer {name} has {inputs}: "
                 "choose a rank that divides it"
             )
+        if config.method == STYLE_INJECT and getattr(layer, "groups", 1) != 1:
+            raise ValueError(
+                f"styleinject adapts no convolution in groups, and the layer {name} is one: choose targets without it"
+            )
 
 
 def _sizes(layer: Any) -> tuple[int, int]:
@@ -92,11 +112,16 @@ def _sizes(layer: Any) -> tuple[int, int]:
 
 
 def peft_config(
-    config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows] = MappingProxyType({})
+    config: AdapterConfig,
+    names: list[str],
+    stacked: Mapping[str, Rows] = MappingProxyType({}),
+    family: str = "other",  # of the model
 ) -> "PeftConfig":
     """The peft configuration that puts an adapter on exactly these layers, and two in one on those ``stacked``."""
     # A string is matched whole; peft matches the entries of a list against the ends of names.
     found = METHODS[config.method](config, "|".join(map(re.escape, names)))
+    if config.method == STYLE_INJECT:
+        found.family = family  # tells what is known of prompts
     if stacked:
         # At twice the rank, the scale stays that of one: alpha/rank, for rslora alpha/sqrt(rank).
         factor = 2**0.5 if config.method == "rslora" else 2
@@ -146,6 +171,19 @@ def _oft(config: AdapterConfig, targets: str) -> "PeftConfig":
     return OFTConfig(r=0, oft_block_size=config.rank, target_modules=targets)
 
 
+def _style_inject(config: AdapterConfig, targets: str) -> "PeftConfig":
+    from .style_inject_peft import StyleInjectConfig
+
+    return StyleInjectConfig(
+        r=config.rank,
+        alpha=config.scale_alpha,
+        branches=config.branches,
+        injection=config.injection,
+        dropout=config.dropout,
+        target_modules=targets,
+    )
+
+
 METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {
     "lora": _lora,
     "rslora": _rslora,  # arXiv 2312.03732
@@ -153,4 +191,5 @@ METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {
     "lokr": _lokr,
     "loha": _loha,  # arXiv 2108.06098
     "oft": _oft,  # arXiv 2306.07280
+    STYLE_INJECT: _style_inject,  # arXiv 2401.13942
 }

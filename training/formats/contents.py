@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..adapters.methods import UNMERGEABLE
 from .keys import detect_family
 from .layers import Layer
 from .metadata import AdapterMetadata, read_metadata, stated_family, states_family
@@ -29,10 +30,10 @@ _NEEDED: tuple[tuple[str, tuple[frozenset[str], ...], frozenset[str]], ...] = (
     ),
     ("oft", (frozenset({"oft_R"}),), frozenset()),
     ("glora", (frozenset({"a1", "a2", "b1", "b2"}),), frozenset()),
+    ("styleinject", (frozenset(f"styleinject_{part}" for part in "ABRr"),), frozenset()),
 )
 
-
-EXPECTED = "an adapter (LoRA, LoKr, LoHa or OFT)"
+EXPECTED = "an adapter (LoRA, LoKr, LoHa, OFT or StyleInject)"
 # As headers of safetensors files spell them.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
@@ -60,6 +61,11 @@ class AdapterFile:
         if self.about:
             return self.about.family
         return stated_family(self.header) if states_family(self.header) else detect_family(self.layers)
+
+    @property
+    def unmergeable(self) -> bool:
+        """Whether it acts by the input of its layers, and is no change of weights."""
+        return any(layer.method in UNMERGEABLE for layer in self.layers.values())
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -89,13 +95,13 @@ def _contents(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tenso
     layers, unknown = read_layers(tensors, about)
     if not layers:
         shown = ", ".join(list(tensors)[:3]) or "none"
-        raise ValueError(f"{path} holds no adapter (LoRA, LoKr, LoHa or OFT) that we know: its tensors are {shown}, …")
+        raise ValueError(f"{path} is not {EXPECTED} that we know: its tensors are {shown}, …")
     return AdapterFile(path, header, about, layers, tuple(unknown), tensors)
 
 
 def read_about(path: Path) -> AdapterMetadata | None:
     """What an adapter's file says of itself, of which only the header is read; None for another tool's."""
-    with opened(path, "an adapter (LoRA, LoKr, LoHa or OFT)") as file:
+    with opened(path, EXPECTED) as file:
         return read_metadata(file.metadata() or {}, str(path))
 
 

@@ -9,7 +9,8 @@ from ..density_presets import preset_name
 from ..density_words import in_words
 from .adapters import AdapterReport, report_of
 from .contents import AdapterFile
-from .metadata import AdapterMetadata
+from .metadata import NEEDS_OUR_LOADER, AdapterMetadata
+from .routing import routing_in_words
 
 TAGS = 5  # of the words that a file of kohya's tools was trained on, the most frequent are shown
 
@@ -17,7 +18,13 @@ TAGS = 5  # of the words that a file of kohya's tools was trained on, the most f
 def describe(file: AdapterFile) -> str:
     """Method, size, family, style phrase, and how it was trained, as far as the file says."""
     report = report_of(file)
-    lines = [_what(report), _for(report), *_words(report), *(_ours(file.about) if file.about else _theirs(file.header))]
+    lines = [
+        _what(report),
+        *_options(file),
+        _for(report),
+        *_words(report),
+        *(_ours(file.about) if file.about else _theirs(file.header)),
+    ]
     if report.unknown:
         lines.append(f"{len(report.unknown)} tensors of kinds that we do not know, for example {report.unknown[0]}")
     return "\n".join(line for line in lines if line)
@@ -31,6 +38,15 @@ def _what(report: AdapterReport) -> str:
         f"{report.method}{size}{alpha}: {report.modules} layers{where}, {report.tensors} tensors, "
         f"{report.parameters / 1e6:.3g} M parameters in {', '.join(report.dtypes)}"
     )
+
+
+def _options(file: AdapterFile) -> Iterator[str]:
+    if file.about and file.about.options:
+        yield ", ".join(f"{name} {value}" for name, value in file.about.options.items())
+    if file.unmergeable:
+        yield NEEDS_OUR_LOADER
+    if file.about and file.about.routing:
+        yield routing_in_words(file.about.routing)
 
 
 def _for(report: AdapterReport) -> str:

@@ -5,7 +5,9 @@ Tensors have the names of :data:`.spelling.PEFT` without their ends:
 lora: ``A`` (r, in[, k, k]), ``B`` (out, r[, 1, 1]) and, for DoRA, ``magnitude`` (out,);
 loha: ``hada_w1_a`` (out, r), ``hada_w1_b`` (r, in) and the same with w2, or the Tucker form with ``hada_t1``, ``_t2``;
 lokr: ``lokr_w1`` (a, c) and ``lokr_w2`` (b, d[, k, k]), out = ab, in = cd, each whole or as a product ``_a`` ``_b``;
-oft: ``oft_R`` (blocks, n), the upper triangles of skew-symmetric blocks that rotate the layer's inputs.
+oft: ``oft_R`` (blocks, n), the upper triangles of skew-symmetric blocks that rotate the layer's inputs;
+styleinject: ``styleinject_A`` (n, r, in[, k, k]), ``styleinject_B`` (out, r), and the router's ``styleinject_R``
+(n, in) and ``styleinject_r`` (n,).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from torch import Tensor
 class Layer:
     """One layer's part of an adapter."""
 
-    method: str  # "lora", "loha", "lokr" or "oft"
+    method: str  # "lora", "loha", "lokr", "oft" or "styleinject"
     tensors: Mapping[str, Tensor]
     scale: float = 1.0  # what the product of the tensors is multiplied by: alpha / rank
 
@@ -29,6 +31,8 @@ class Layer:
         """The inner dimension; None where nothing is factored, and for OFT the side of a block."""
         if self.method == "oft":
             return block_side(self.tensors["oft_R"].shape[1])
+        if self.method == "styleinject":
+            return self.tensors["styleinject_B"].shape[1]
         # Of LoKr's two products the second counts, as in ComfyUI and LyCORIS.
         inner = [self.tensors[name] for name in ("A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in self.tensors]
         return inner[0].shape[0] if inner else None
@@ -41,7 +45,8 @@ class Layer:
             return tensors["oft_R"].shape[0] * block_side(tensors["oft_R"].shape[1])
         if self.method == "lokr":
             return kronecker_side(tensors, "lokr_w1", 1) * kronecker_side(tensors, "lokr_w2", 1)
-        return tensors["A" if self.method == "lora" else "hada_w1_b"].shape[1]
+        name = {"lora": "A", "styleinject": "styleinject_R"}.get(self.method, "hada_w1_b")
+        return tensors[name].shape[1]
 
     @property
     def outputs(self) -> int:
@@ -53,7 +58,8 @@ class Layer:
             return kronecker_side(tensors, "lokr_w1", 0) * kronecker_side(tensors, "lokr_w2", 0)
         if "hada_t1" in tensors:
             return tensors["hada_w1_a"].shape[1]
-        return tensors["B" if self.method == "lora" else "hada_w1_a"].shape[0]
+        name = {"lora": "B", "styleinject": "styleinject_B"}.get(self.method, "hada_w1_a")
+        return tensors[name].shape[0]
 
 
 def block_side(triangle: int) -> int:
@@ -66,8 +72,7 @@ def folded(layer: Layer, scale: float = 1.0) -> Layer:
     factor = layer.scale / scale
     if layer.method == "oft" or factor == 1:
         return replace(layer, scale=scale)
-    names = {"lora": ("B",), "loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a")}[layer.method]
-    tensors = {name: value * factor if name in names else value for name, value in layer.tensors.items()}
+    tensors = {name: value * factor if name in SCALED[layer.method] else value for name, value in layer.tensors.items()}
     return replace(layer, tensors=tensors, scale=scale)
 
 
@@ -139,7 +144,14 @@ def kronecker_side(tensors: Mapping[str, Tensor], name: str, side: int) -> int:
 
 
 # Tensors whose first dimension is the layer's output.
-OUTPUT_ROWS = {"B", "magnitude", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a"}
+OUTPUT_ROWS = {"B", "magnitude", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a", "styleinject_B"}
+# The tensor, of several that may be there, that the product is multiplied by a number with.
+SCALED = {
+    "lora": ("B",),
+    "loha": ("hada_w1_a",),
+    "lokr": ("lokr_w1", "lokr_w1_a"),
+    "styleinject": ("styleinject_B",),
+}
 # Products outer @ inner that share one inner dimension.
 INNER = {"lora": (("B", "A"),), "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))}
 _PRODUCTS: dict[str, Callable[[Mapping[str, Tensor]], Tensor]] = {

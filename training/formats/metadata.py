@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..adapters.methods import UNMERGEABLE
 from .keys import UNET_LAYERS
 
 FORMAT_VERSION = 1
 PREFIX = "stylewright."
 VERSION_KEY = f"{PREFIX}format_version"
 VERSIONS_KEY = f"{PREFIX}versions"
+MERGEABLE_KEY = f"{PREFIX}mergeable"  # "false" for what depends on the input of a layer; else not written
+NEEDS_OUR_LOADER = "it cannot be merged into weights: ComfyUI loads it with Stylewright's Load Style LoRA alone"
 # Written with the tensors: the style, the layout that was trained, the layers' names in it, which norm DoRA's scales
 # are relative to ("merged" = of the adapted weight, as in the paper, "base" = of the model's, as ComfyUI computes).
 STYLE_KEY, LAYOUT_KEY, LAYERS_KEY, NORM_KEY = (f"{PREFIX}{name}" for name in ("style", "layout", "layers", "dora_norm"))
@@ -44,6 +47,8 @@ class AdapterMetadata:
     training: Mapping[str, Any] = field(default_factory=dict)  # the whole configuration
     unet_layers: int = UNET_LAYERS  # residual layers a level of a UNet
     started_from: str = ""  # the name of the adapter that training began with; "" = none
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, besides rank and alpha
+    routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject: what its routers did at the end
 
     @property
     def scale(self) -> float:
@@ -60,6 +65,8 @@ def build_metadata(about: AdapterMetadata) -> dict[str, str]:
         raise ValueError(f"rank is {about.rank} and unet_layers {about.unet_layers}: expected at least 1")
     stated = {name: getattr(about, name) for name in _FIELDS}
     own = {f"{PREFIX}{name}": _write(value) for name, value in stated.items() if value not in (None, "", (), {})}
+    if about.method in UNMERGEABLE:
+        own[MERGEABLE_KEY] = "false"
     own |= {VERSION_KEY: str(FORMAT_VERSION), VERSIONS_KEY: json.dumps(_versions())}
     return {**own, **_modelspec(about), **_kohya(about)}
 
@@ -139,13 +146,14 @@ def _modelspec(about: AdapterMetadata) -> dict[str, str]:
     side = about.resolution
     stated = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
+        "architecture": f"{architecture}/{about.method if about.method in UNMERGEABLE else 'lora'}",
         "implementation": "diffusers",
         "title": about.title or about.style_phrase or "Stylewright adapter",
         "date": about.date,
         "resolution": f"{side}x{side}" if side else "",
         "prediction_type": _PREDICTIONS.get(about.prediction, ""),
         "trigger_phrase": about.trigger or about.style_phrase,
+        "usage_hint": NEEDS_OUR_LOADER if about.method in UNMERGEABLE else "",
     }
     return {f"modelspec.{name}": value for name, value in stated.items() if value}
 
@@ -154,10 +162,11 @@ def _kohya(about: AdapterMetadata) -> dict[str, str]:
     """The keys of kohya's sd-scripts, all strings, which A1111, Forge and the sites that host adapters show."""
     lycoris = about.method in ("loha", "lokr", "oft")
     flux = "networks.lora_flux" if about.family == "flux" else "networks.lora"
+    plain = f"stylewright.{about.method}" if about.method in UNMERGEABLE else flux
     words = about.trigger or about.style_phrase
     side = about.resolution
     stated = {
-        "network_module": "lycoris.kohya" if lycoris else flux,
+        "network_module": "lycoris.kohya" if lycoris else plain,
         "network_args": json.dumps({"algo": about.method}) if lycoris else "",
         "network_dim": str(about.rank),
         # What sd-scripts means by it: the scale is alpha / dim.

@@ -22,6 +22,7 @@ _SHARED = (
 KOHYA = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale", **{n: n for n in _SHARED}}
 PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector", **{n: n for n in _SHARED}}
 PEFT["oft_R"] = "oft_R.weight"
+PEFT |= {name: name for name in (f"styleinject_{part}" for part in "ABRr")}
 # The rotation of inputs as a product: W a1 a2 (GLoRA), which ComfyUI knows. b1 b2, which it adds, is zero.
 GLORA = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 ALPHA = "alpha"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapters.methods import UNMERGEABLE
 from .keys import FAMILIES, UNET_LAYERS, native_place
 from .layers import Layer, folded, product
 from .layouts import to_diffusers, to_native
@@ -32,6 +33,8 @@ class Styled:
 def best_style(family: str, layers: Mapping[str, Layer], *, weights_known: bool) -> str:
     """The style that the most tools read such an adapter in."""
     methods = {layer.method for layer in layers.values()}
+    if methods & set(UNMERGEABLE):
+        return "peft"
     if "oft" in methods and not weights_known:
         return "peft"
     if methods != {"lora"} or has_dora(layers):
@@ -58,6 +61,9 @@ def styled(
         raise ValueError(f"unknown style {style!r}: expected one of {', '.join(STYLES)}")
     if style == "diffusers" and any(layer.method == "oft" for layer in layers.values()):
         raise ValueError("diffusers reads no OFT: use the style peft, or comfyui with the base model at hand")
+    own = next((layer.method for layer in layers.values() if layer.method in UNMERGEABLE), None)
+    if own and style != "peft":
+        raise ValueError(f"{own} is known to no other tool, so that its files have one style: use peft")
     wanted = BASE if style == "comfyui" and (weights or norm == BASE) else MERGED
     layers = renormed(layers, norm, wanted, weights)
     if style in ("kohya", "comfyui"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapters.methods import AdapterConfig
+from ..adapters.methods import UNMERGEABLE, AdapterConfig
 from ..adapters.targets import TEXT_TARGETS
 from ..density_presets import DensityConfig, preset_density
 from ..losses import CHOICES as LOSS_CHOICES
@@ -68,6 +68,11 @@ class TrainConfig:
             _require(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
         rate = self.text_encoder_learning_rate
         _require(self, "text_encoder_learning_rate", 0 <= rate < math.inf, "0 for none, or a rate such as 5e-6")
+        if rate and self.adapter.method in UNMERGEABLE:
+            raise ValueError(
+                f"Got text_encoder_learning_rate={rate} for {self.adapter.method}, which adapts the model alone: "
+                "expected 0, or another method."
+            )
         for name, table in _CHOICES.items():
             _require(self, name, getattr(self, name) in table, f"one of {', '.join(table)}")
         states_beta = self.dco_beta is None or 0 < self.dco_beta < math.inf

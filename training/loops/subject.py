@@ -111,4 +111,5 @@ def _about(
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,
         training=config_to_table(config),
+        options=adapter.options,
     )
