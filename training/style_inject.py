@@ -28,7 +28,6 @@ from torch import Tensor
 FORMS = ("f2c", "f1", "f2", "lora")
 EPS = 1e-5  # added to the variance
 ROUTER_STD = 0.01  # of R at the start, when all branches count nearly the same
-ONE_SIDED = 0.9  # share of one branch from which on the others hardly matter
 
 
 @dataclass(frozen=True)
@@ -134,43 +133,3 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 _FORMS = {"f1": _f1, "f2": _f2, "f2c": _f2c}
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How a router has divided instances between the branches."""
-
-    shares: tuple[float, ...]  # mean of s, of each branch; they sum to 1
-    entropy: float  # mean entropy of s over that of an even division: 1 = even, 0 = one branch for each instance
-    spread: float  # what the instance decides: entropy of the mean less mean entropy, by the same measure; 0 = nothing
-
-
-class RoutingMeter:
-    """Adds up routings on their device; nothing waits for it until it is read."""
-
-    def __init__(self) -> None:
-        self._shares: Tensor | None = None
-        self._entropy: Tensor | None = None
-        self._rows = 0
-
-    def add(self, shares: Tensor) -> None:
-        """Routings s (b, n)."""
-        shares = shares.detach().float()
-        total, entropy = shares.sum(0), _entropy(shares).sum()
-        self._shares = total if self._shares is None else self._shares + total
-        self._entropy = entropy if self._entropy is None else self._entropy + entropy
-        self._rows += len(shares)
-
-    def read(self) -> Routing | None:
-        """Since it was made; None where nothing was routed."""
-        if self._shares is None or self._entropy is None:
-            return None
-        mean = self._shares / self._rows
-        even = _entropy(torch.full_like(mean, 1 / len(mean))).clamp(min=1e-12)
-        entropy = self._entropy / self._rows / even
-        numbers = torch.cat([mean, entropy[None], (_entropy(mean) / even - entropy)[None]]).tolist()
-        return Routing(tuple(numbers[:-2]), numbers[-2], max(0.0, numbers[-1]))
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)

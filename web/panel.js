@@ -99,7 +99,7 @@ export class Panel {
   }
 
   showWords() {
-    const { phase, text, step, steps, left, loss, seconds, learning_rate: rate, peak_bytes: peak } = this.run
+    const { phase, text, step, steps, left, loss, seconds, learning_rate: rate, peak_bytes: peak, routing } = this.run
     const running = phase === 'training' || phase === 'drawing'
     const title = make('b', '', phase[0].toUpperCase() + phase.slice(1))
     const ended = ['finished', 'stopped', 'failed'].includes(phase)
@@ -113,6 +113,8 @@ export class Panel {
     if (step > 0 && seconds !== undefined) figures['time per step'] = `${number(seconds / step)} s`
     if (rate !== undefined) figures['learning rate'] = number(rate)
     if (peak) figures['peak of ComfyUI'] = `${(peak / 2 ** 30).toFixed(1)} GiB`
+    if (routing) figures['most used branch'] = `${Math.round(100 * routing.largest)} %` // mean over the layers
+    if (routing?.one_sided) figures['one-sided layers'] = number(routing.one_sided)
     this.figures.replaceChildren(...(loss === undefined ? [] : Object.entries(figures).map(figure)))
     this.words.replaceChildren(
       ...(ended ? [make('div', phase, text)] : []),

@@ -44,7 +44,7 @@ class RunState:
     notes: list[str] = field(default_factory=list)  # what the user should know of this run
     window: float | None = None  # log_snr below which style is decided
     step: int = 0
-    figures: dict[str, float | int | None] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, mean loss since the one before)
     bins: dict[tuple[float, float], tuple[float, int]] = field(default_factory=dict)  # sum of losses, samples
     pictures: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +63,7 @@ class RunState:
             "seconds": event.seconds,
             "left": (event.steps - event.step) * event.seconds / max(1, event.step),
             "peak_bytes": event.peak_bytes,
+            **({"routing": dict(event.routing)} if event.routing else {}),
         }
 
     def whole(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .deltas import recomputed_deltas
 from .keys_values import Rows, keep_to, own_places, stacked_rows
 from .low_rank import low_rank_products
 from .methods import READS_WEIGHTS, STYLE_INJECT, AdapterConfig, check_layers, peft_config
+from .routing import RoutingMeter
 from .stand_in import StandIn, needs_stand_in, stand_in
 from .targets import resolve_targets, target_patterns
 from .text_tokens import told_of_text
@@ -64,6 +66,7 @@ class Adapter:
         self._by_name = layers
         self._layers = list(layers.values())
         self._tensors = tensors
+        self.routing = _watched(config, layers)  # of styleinject; None of the others
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._tensors.values())
@@ -122,6 +125,16 @@ class Adapter:
                 layer.train()
                 layer.get_base_layer().eval()
             yield
+
+
+def _watched(config: AdapterConfig, layers: Mapping[str, Any]) -> RoutingMeter | None:
+    """Counts how the layers' routers divide what passes, where they have routers."""
+    if config.method != STYLE_INJECT:
+        return None
+    meter = RoutingMeter(list(layers), config.branches)
+    for number, layer in enumerate(layers.values()):
+        layer.watch = partial(meter.add, number)
+    return meter
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """StyleInject (:mod:`..style_inject`) as a method of peft. Imported where it is used, for it imports peft."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ..style_inject import Factors, RoutingMeter, style_injected
+from ..style_inject import ROUTER_STD, Factors, style_injected
 from .peft_registry import register
 from .text_tokens import counted_tokens, reads_text
 
@@ -49,7 +50,7 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.injection: dict[str, str] = {}
         self.styleinject_dropout = nn.ModuleDict()
-        self.meter: RoutingMeter | None = None  # adds up how instances are routed, where somebody wants to know
+        self.watch: Callable[[Tensor], None] | None = None  # gets the routing (b, n) of every call that learns
         self._reads_text, self._family = reads_text(name), config.family
         self.update_layer(adapter_name, config)
 
@@ -64,7 +65,7 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         a = torch.randn(n, r, inputs, *kernel) / r  # each branch its own: equal ones would never part
         self.styleinject_A[adapter_name] = nn.Parameter(a)
         self.styleinject_B[adapter_name] = nn.Parameter(torch.zeros(outputs, r))
-        self.styleinject_R[adapter_name] = nn.Parameter(torch.randn(n, inputs) * 0.01)
+        self.styleinject_R[adapter_name] = nn.Parameter(torch.randn(n, inputs) * ROUTER_STD)
         self.styleinject_r[adapter_name] = nn.Parameter(torch.zeros(n))
         self.styleinject_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.scaling[adapter_name] = config.alpha / r
@@ -91,8 +92,8 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
                 convolve=convolve,
                 counted=counted,
             )
-            if self.meter is not None and torch.is_grad_enabled():
-                self.meter.add(shares)
+            if self.watch is not None and torch.is_grad_enabled():
+                self.watch(shares)
             total = total + self.scaling[name] * added
         return total.to(result.dtype)
 

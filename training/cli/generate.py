@@ -95,7 +95,6 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
         yield host, "", None
         return
     from ..adapters.attach import attached_to_parts, parts_named
-    from ..adapters.methods import AdapterConfig
     from ..formats.adapters import load_adapter
     from ..formats.contents import read_adapter
     from ..formats.keys import TEXT_ENCODER
@@ -107,9 +106,8 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
     if any(name.startswith(TEXT_ENCODER) for name in file.layers):
         host = with_text_encoders(host)
     loaded = load_adapter(adapter, "diffusers", weights=weights_of(host), text_encoders=True)
-    config = AdapterConfig(method=loaded.method, rank=loaded.rank, alpha=loaded.alpha)
     trees = {"": host.denoiser.module, **host.text_encoders}
-    with attached_to_parts(parts_named(trees, loaded.names, family), config, seed=0) as attachment:
+    with attached_to_parts(parts_named(trees, loaded.names, family), loaded.config, seed=0) as attachment:
         attachment.load_state_dict(loaded.state)
         yield host, loaded.about.style_phrase if loaded.about else "", attachment
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapters.methods import AdapterConfig
 from .contents import AdapterFile, read_adapter, read_layers
 from .keys import FAMILIES, LAYOUTS, TEXT_ENCODER, UNET_LAYERS, layout_of
 from .keys_transformers import TRANSFORMERS
@@ -36,6 +37,12 @@ class LoadedAdapter:
     rank: int
     alpha: float | None  # None for OFT, which has none
     about: AdapterMetadata | None  # None = another tool's file
+
+    @property
+    def config(self) -> AdapterConfig:
+        """What it takes to attach it; which layers is in ``names``."""
+        options = self.about.options if self.about else {}
+        return AdapterConfig(self.method, self.rank, self.alpha, **options)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..style_inject import ONE_SIDED, Routing
+from ..adapters.routing import Routing
+
+ONE_SIDED = 0.9  # share of one branch from which on the others hardly matter
 
 
 def routing_table(routings: Mapping[str, Routing]) -> dict[str, Any]:
@@ -18,6 +20,11 @@ def routing_table(routings: Mapping[str, Routing]) -> dict[str, Any]:
         "one_sided": sum(max(each.shares) > ONE_SIDED for each in found),
         "layers": {name: [round(share, 3) for share in each.shares] for name, each in routings.items()},
     }
+
+
+def summary_of(table: Mapping[str, Any]) -> dict[str, float]:
+    """The means over the layers alone."""
+    return {name: value for name, value in table.items() if name != "layers"}
 
 
 def routing_in_words(table: Mapping[str, Any]) -> str:

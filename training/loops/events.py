@@ -3,8 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Event:
     learning_rate: float
     seconds: float  # of training, over all sessions of the run
     peak_bytes: int | None  # memory: of the device on CUDA, of the process elsewhere; None = not known
+    routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject, over the layers (formats/routing)
     images: Tensor | None = None  # samples (b, 3, h, w) in [0, 1]; not in the log
 
 

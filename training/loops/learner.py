@@ -81,6 +81,8 @@ class Learner:
         """Around everything that changes the state, so that a torn one is never saved. Counts the step."""
         self.whole = False
         yield
+        if self.adapter.routing is not None:
+            self.adapter.routing.complete()
         self.step += 1
         self.whole = True
 
@@ -119,6 +121,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict(),
+            "routing": None if self.adapter.routing is None else self.adapter.routing.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -127,5 +130,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.average.load_state_dict(state["average"])
+        if self.adapter.routing is not None:
+            self.adapter.routing.load_state_dict(state["routing"])
         self.step, self.losses = state["step"], state["losses"].tolist()
         self._seconds, self._since = state["seconds"], time.monotonic()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompatibleCheckpoint
+from ..formats.routing import routing_table, summary_of
 from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, require_space
 from .config import TrainConfig
@@ -127,6 +128,7 @@ class Recorder:
             learning_rate=learning_rate_of(learner.optimizer),
             seconds=learner.seconds,
             peak_bytes=peak_memory(self._device),
+            routing=summary_of(self._routing()),
             images=images,
         )
         with processes.together():
@@ -146,8 +148,13 @@ class Recorder:
     def _save_adapter(self) -> None:
         learner = self._learner
         if self._run:
-            about = replace(self._subject.about, steps=learner.step)
+            about = replace(self._subject.about, steps=learner.step, routing=self._routing())
             self._run.save_adapter(learner.result(), about, self._subject.weights)
+
+    def _routing(self) -> dict[str, Any]:
+        """What the routers do, where there are any, in the last steps of this process."""
+        meter = self._learner.adapter.routing
+        return {} if meter is None else routing_table(meter.read())
 
     @contextmanager
     def saving_on_exceptions(self) -> Iterator[None]:

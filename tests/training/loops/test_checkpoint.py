@@ -35,7 +35,7 @@ def test_a_run_leaves_what_it_says(run_to, make_config):
     assert read_config(folder) == make_config()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "styleinject"])
 def test_the_adapters_file_is_the_result_and_says_what_it_is(run_to, denoiser, method):
     config = {"adapter": AdapterConfig(method=method, rank=2), "style_phrase": "dotted", "steps": 3}
     result, folder = run_to("run", **config)
@@ -48,6 +48,20 @@ def test_the_adapters_file_is_the_result_and_says_what_it_is(run_to, denoiser, m
     assert (about.steps, about.seed, about.images, about.style_phrase) == (3, 0, 3, "dotted")
     assert about.density["law"] == "truncated"
     assert config_from_table(about.training) == read_config(folder)
+
+
+def test_what_routers_do_is_in_reports_and_in_the_file_however_often_a_run_was_stopped(run_to):
+    config = {"adapter": AdapterConfig("styleinject", rank=2, branches=2), "learning_rate": 0.05}
+    straight, _ = run_to("straight", steps=6, **config)
+    run_to("stopped", steps=2, **config)
+    stopped, _ = run_to("stopped", steps=6, **config)
+    about = load_adapter(straight.path).about
+    assert about.options == {"branches": 2, "injection": "f2c"}
+    assert about.routing == load_adapter(stopped.path).about.routing
+    layers = about.routing["layers"]
+    assert layers and all(len(shares) == 2 and sum(shares) == pytest.approx(1, abs=2e-3) for shares in layers.values())
+    report = straight.history[-1].routing
+    assert report == {name: about.routing[name] for name in ("entropy", "spread", "largest", "one_sided")}
 
 
 def test_an_adapter_lost_in_a_kill_is_written_again(run_to):
