@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from safetensors import safe_open
 
 pytestmark = pytest.mark.comfy
 
@@ -145,6 +146,22 @@ def test_the_quick_start_runs_as_shipped(quick_start, server):
         assert (folder / image["filename"]).stat().st_size > 500
     saved = (server.base / "models" / "loras" / "stylewright").iterdir()
     assert [path.name for path in saved] == ["quick_start_00001_.safetensors"]
+
+
+def test_style_inject_runs_as_shipped_and_says_what_its_routers_do(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["style_inject.json"], server.info)
+    trainer = next(node for node in prompt.values() if node["class_type"] == "StyleFriendlySNRTrainer")
+    trainer["inputs"] |= {"steps": 10, "sample_every": 0}  # the rest is as it is
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    (saved,) = (server.base / "models" / "loras" / "stylewright").glob("style_inject_*.safetensors")
+    with safe_open(saved, framework="pt") as file:
+        header = file.metadata()
+    assert header["stylewright.mergeable"] == "false"
+    layers = json.loads(header["stylewright.routing"])["layers"]
+    assert len(layers) > 10 and f"{saved.name}: {len(layers)} layers\n" in server.text
 
 
 def test_the_progress_comes_over_the_websocket_and_stays_in_the_history(quick_start, server):
