@@ -27,9 +27,23 @@ class Clock(Protocol):
         """What the model was trained on, lowest (noise) first."""
         ...
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The times of data and of noise."""
+        ...
+
     def time_of(self, log_snr: Tensor) -> Tensor: ...
 
     def log_snr_of(self, time: Tensor) -> Tensor: ...
+
+
+def log_snr_at(clock: Clock, share: Tensor) -> Tensor:
+    """log_snr (n,) on the way from data (a ``share`` of 0) to noise (1), in the model's own time.
+
+    Pure noise, where flows have their last time, is -inf.
+    """
+    data, noise = clock.ends
+    return clock.log_snr_of(torch.lerp(torch.full_like(share, data), torch.full_like(share, noise), share))
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,10 @@ class FlowClock:
 
     scale: float = 1.0
     log_snr_range: tuple[float, float] = FLOW_RANGE
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, self.scale
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return self.scale * time_of_log_snr(log_snr)
@@ -72,6 +90,10 @@ class DiscreteClock:
     def log_snr_range(self) -> tuple[float, float]:
         return self.table[-1].item(), self.table[0].item()
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return 0.0, float(len(self.alphas_cumprod) - 1)
+
     def time_of(self, log_snr: Tensor) -> Tensor:
         log_snrs = self.table.flip(0).to(wide(log_snr))
         return interpolate(wide(log_snr), log_snrs, torch.arange(len(log_snrs)).flip(0).to(log_snrs))
@@ -91,6 +113,10 @@ class EDMClock:
     @property
     def log_snr_range(self) -> tuple[float, float]:
         return -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return math.log(self.sigma_min) / 4, math.log(self.sigma_max) / 4
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return -wide(log_snr) / 8

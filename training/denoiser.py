@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from .clocks import Clock
+
 # Named batch-first tensors, for example ``context`` (b, n, d) and ``pooled`` (b, d). The names belong to the host.
 Conditioning = Mapping[str, Tensor]
 
@@ -25,3 +27,10 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction (b, c, h, w) in float32 for x_t (b, c, h, w) at log_snr (b,)."""
         ...
+
+
+class TimedDenoiser(Denoiser, Protocol):
+    """A denoiser whose own time is known, which distillation draws from and names the student's call by."""
+
+    @property
+    def clock(self) -> Clock: ...

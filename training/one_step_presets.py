@@ -3,9 +3,14 @@
 Times count the teacher's 1000, 0 = data; of flows the level is sigma, 1 = noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from .clocks import Clock, log_snr_at
+from .noise import time_of_log_snr
 from .one_step import ANCESTRAL, FRESH, IMPLIED, SCALED, UNIT
 
 TIMES = 1000  # of every teacher here
@@ -66,6 +71,22 @@ class OneStepPreset:
     def unit(self) -> str:
         """Of its levels."""
         return "sigma" if self.prediction == "flow" else "time"
+
+
+def one_step_of(clock: Clock, prediction: str, share: float) -> dict[str, Any]:
+    """How a student is called, as its file says it: at this share of its teacher's way from data to noise."""
+    log_snr = log_snr_at(clock, torch.tensor([share]))
+    flow = prediction == "flow"
+    level = float(time_of_log_snr(log_snr) if flow else clock.time_of(log_snr))
+    return {"level": level, "unit": "sigma" if flow else "time", "prediction": prediction, "start": UNIT}
+
+
+def student_preset(family: str, side: int, one_step: Mapping[str, Any]) -> OneStepPreset:
+    """What :func:`one_step_of` said, as a preset."""
+    return OneStepPreset(
+        (family,), one_step["prediction"], only(one_step["level"]), (1,), side, start=one_step["start"],
+        source="the file of the student",
+    )  # fmt: skip
 
 
 ONE_STEP_PRESETS = {

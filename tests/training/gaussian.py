@@ -63,3 +63,26 @@ class GaussianDenoiser:
 
     def alpha_sigma(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         return ALPHA_SIGMA[self.process](log_snr.reshape(-1, 1, 1, 1))
+
+
+@dataclass
+class GaussianMixture:
+    """Data from N(means[k], stds[k]^2) with the probability weights[k], in each of one sample's dimensions alike.
+
+    ``means`` (k, c, h, w), ``stds`` (k,) and ``weights`` (k,). x_t is a mixture, too, and given its component k it is
+    as above: E[x0 | x_t] = sum_k p(k | x_t) (mean_k + alpha std_k^2 / S_k (x_t - alpha mean_k)).
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+    process: str = "flow"
+
+    def x0(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+        alpha, sigma = (part.reshape(-1, 1, 1, 1, 1) for part in ALPHA_SIGMA[self.process](log_snr))
+        stds = self.stds.reshape(1, -1, 1, 1, 1)
+        spread = alpha**2 * stds**2 + sigma**2
+        surprise = x_t[:, None] - alpha * self.means
+        likely = (-(surprise**2) / (2 * spread) - spread.log() / 2).flatten(2).sum(2)
+        share = torch.softmax(likely + self.weights.log(), 1).reshape(len(x_t), -1, 1, 1, 1)
+        return (share * (self.means + alpha * stds**2 / spread * surprise)).sum(1)

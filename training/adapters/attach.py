@@ -1,6 +1,7 @@
 """An adapter on frozen module trees, for the time of a ``with`` block."""
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,23 +13,18 @@ from torch import Tensor, nn
 
 from ..frozen import frozen_products, is_readable
 from ..randomness import generator
-from ..style_inject import ROUTER_STD
 from .deltas import recomputed_deltas
+from .initial import initialise, measure_magnitudes
 from .keys_values import Rows, keep_to, own_places, stacked_rows
-from .low_rank import low_rank_products
-from .methods import READS_WEIGHTS, STYLE_INJECT, AdapterConfig, check_layers, peft_config
+from .low_rank import ADAPTER, low_rank_products
+from .methods import READS_WEIGHTS, STYLE_INJECT, AdapterConfig, check_kin, check_layers, peft_config
 from .routing import RoutingMeter
-from .stand_in import StandIn, needs_stand_in, stand_in
+from .stand_in import stand_ins
 from .targets import resolve_targets, target_patterns
 from .text_tokens import told_of_text
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-# Zero at the start, so that the adapter does nothing: parts of peft's parameter names. The rest is drawn.
-# DoRA's magnitudes are measured afterwards.
-ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
-ZERO_AT_START |= {"styleinject_B", "styleinject_r"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,13 @@ class Adapter:
     """A handle on what :func:`attached` put into a model. Only these parameters require a gradient."""
 
     def __init__(
-        self, config: AdapterConfig, layers: dict[str, "BaseTunerLayer"], tensors: dict[str, nn.Parameter]
+        self,
+        config: AdapterConfig,
+        layers: dict[str, "BaseTunerLayer"],
+        tensors: dict[str, nn.Parameter],
+        key: str = ADAPTER,  # under which peft keeps it
     ) -> None:
-        self.config = config
+        self.config, self.key = config, key
         self.names = list(layers)  # of the adapted layers, in the model's order
         self._by_name = layers
         self._layers = list(layers.values())
@@ -156,22 +156,74 @@ def attached(
     target presets. ValueError, before anything is touched, for targets that match nothing, a rank larger than a
     layer, or a model that carries a peft adapter already.
     """
-    names = layers_to_adapt(module, config, family=family)
-    stacked = stacked_rows(config.targets, {name: module.get_submodule(name) for name in names})
-    _refuse_unreadable(module, config, names)
-    with frozen_products(module), _restored(module, names):
-        layers = _inject(module, config, names, stacked, family)
-        tensors = {prefix + name: tensor for name, tensor in _tensors(module, layers).items()}
-        for name, tensor in tensors.items():
-            _initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
+    configs = {ADAPTER: config}
+    with attached_together(
+        module, configs, family=family, seed=seed, dtype=dtype, device=device, prefix=prefix
+    ) as adapters:
+        yield adapters[ADAPTER]
+
+
+@contextmanager
+def attached_together(
+    module: nn.Module,
+    configs: Mapping[str, AdapterConfig],
+    *,
+    family: str,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    prefix: str = "",
+) -> Iterator[dict[str, Adapter]]:
+    """Several adapters by name on one ``module``, as :func:`attached` puts one on; the first of them is active.
+
+    :func:`switched_to` makes another the active one. Of two that are drawn alike, the factors begin alike.
+    """
+    check_kin(configs)
+    names = {key: layers_to_adapt(module, config, family=family) for key, config in configs.items()}
+    plain = {name: module.get_submodule(name) for each in names.values() for name in each}
+    for key, config in configs.items():
+        _refuse_unreadable(module, config, names[key])
+    told = any(config.method == STYLE_INJECT for config in configs.values())
+    with frozen_products(module), _restored(module, list(plain)):
+        adapters = {}
+        for key, config in configs.items():
+            stacked = stacked_rows(config.targets, {name: plain[name] for name in names[key]})
+            layers = _inject(module, config, names[key], stacked, family, key)
+            tensors = {prefix + name: tensor for name, tensor in _tensors(module, layers, key).items()}
+            for name, tensor in tensors.items():
+                initialise(name, tensor, config, generator(seed, "adapter", name), dtype, device)
+            for layer in layers.values():
+                measure_magnitudes(layer)
+            for name, rows in stacked.items():
+                second = tensors[f"{prefix}{name}.lora_B.weight"]
+                keep_to(second, own_places(rows, len(second), config.rank))
+            adapters[key] = Adapter(config, {prefix + name: each for name, each in layers.items()}, tensors, key)
+        wrapped = [module.get_submodule(name) for name in plain]
+        first = switched_to(next(iter(adapters.values())), adapters.values())
+        telling = told_of_text(module) if told else nullcontext()
+        with low_rank_products(wrapped), recomputed_deltas(wrapped), telling, first:
+            yield adapters
+
+
+@contextmanager
+def switched_to(chosen: Adapter | None, every: Iterable[Adapter]) -> Iterator[None]:
+    """Inside, the model answers with ``chosen`` (None = as its base), and only its parameters require a gradient.
+
+    ``every``: all that :func:`attached_together` put on the model. Afterwards it is as it was.
+    """
+    mine = set(map(id, chosen._layers)) if chosen else set()
+    layers = {id(layer): layer for adapter in every for layer in adapter._layers}
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers.values()]
+    try:
         for layer in layers.values():
-            _measure_magnitudes(layer)
-        for name, rows in stacked.items():
-            second = tensors[f"{prefix}{name}.lora_B.weight"]
-            keep_to(second, own_places(rows, len(second), config.rank))
-        told = told_of_text(module) if config.method == STYLE_INJECT else nullcontext()
-        with low_rank_products(layers.values()), recomputed_deltas(layers.values()), told:
-            yield Adapter(config, {prefix + name: layer for name, layer in layers.items()}, tensors)
+            if chosen and id(layer) in mine:
+                layer.set_adapter([chosen.key])
+            layer.enable_adapters(id(layer) in mine)
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
 
 
 @contextmanager
@@ -257,35 +309,25 @@ def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def _inject(
-    module: nn.Module, config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows], family: str
+    module: nn.Module, config: AdapterConfig, names: list[str], stacked: Mapping[str, Rows], family: str, key: str
 ) -> dict[str, "BaseTunerLayer"]:
     """Lets peft wrap the layers. What it draws for them is thrown away, and the global generators put back."""
     from peft import inject_adapter_in_model
 
-    shown = _stand_ins(module, names)
-    with torch.random.fork_rng(_cuda_devices(module.parameters())):
-        inject_adapter_in_model(peft_config(config, names, stacked, family), module)
-    layers = {name: module.get_submodule(name) for name in names}
+    shown = stand_ins(module, names)
+    with torch.random.fork_rng(_cuda_devices(module.parameters())), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of one that we put beside it
+        inject_adapter_in_model(peft_config(config, names, stacked, family), module, key)
+    layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
     for layer in layers.values():
+        layer.set_adapter([key])
         layer.eval()
     for one in shown:  # only now: peft looks at weights several times when it wraps
         one.shows_weights = config.method == "dora"
     return layers
 
 
-def _stand_ins(module: nn.Module, names: list[str]) -> list[StandIn]:
-    """Puts stand-ins in the place of the layers that peft does not know."""
-    shown = []
-    for name in names:
-        layer = module.get_submodule(name)
-        if needs_stand_in(layer):
-            shown.append(stand_in(layer))
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, shown[-1])
-    return shown
-
-
-def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"]) -> dict[str, nn.Parameter]:
+def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"], key: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the names that peft gives them in files."""
     from peft import get_peft_model_state_dict
 
@@ -295,38 +337,7 @@ def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"]) -> dict[str
         for inner, parameter in layer.named_parameters()
         if parameter.requires_grad
     }
-    return get_peft_model_state_dict(module, state_dict=inside, save_embedding_layers=False)
-
-
-@torch.no_grad()
-def _initialise(
-    name: str,
-    tensor: nn.Parameter,
-    config: AdapterConfig,
-    source: torch.Generator,
-    dtype: torch.dtype,
-    device: torch.device | None,
-) -> None:
-    """peft's initial laws, drawn in float32 on the CPU whatever the model's type and device."""
-    drawn = torch.zeros(tensor.shape)
-    parts = set(name.split("."))
-    if config.init == "gaussian" and parts & {"lora_A", "styleinject_A"}:
-        drawn.normal_(std=1 / config.rank, generator=source)
-    elif "styleinject_R" in parts:
-        drawn.normal_(std=ROUTER_STD, generator=source)
-    elif not parts & ZERO_AT_START:
-        branches = drawn.flatten(0, 1) if "styleinject_A" in parts else drawn
-        nn.init.kaiming_uniform_(branches, a=5**0.5, generator=source)
-    tensor.data = drawn.to(device or tensor.device, dtype)
-
-
-@torch.no_grad()
-def _measure_magnitudes(layer: "BaseTunerLayer") -> None:
-    """DoRA's magnitudes in the adapter's type. peft takes them in the weights', where their ratio is not quite 1."""
-    for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
-        weight = layer.get_base_layer().weight.to(magnitude.weight.dtype)
-        norms = magnitude.get_weight_norm(weight=weight, lora_weight=torch.zeros_like(weight), scaling=1.0)
-        magnitude.weight.copy_(norms)
+    return get_peft_model_state_dict(module, state_dict=inside, adapter_name=key, save_embedding_layers=False)
 
 
 @contextmanager

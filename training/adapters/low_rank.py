@@ -18,7 +18,7 @@ from torch.autograd import Function
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
-ADAPTER = "default"  # the name under which peft's inject_adapter_in_model keeps an adapter
+ADAPTER = "default"  # the name under which peft keeps the only adapter of a model
 
 
 class LowRank(Function):
@@ -66,11 +66,12 @@ def _forward(layer: "Linear", x: Tensor) -> Tensor:
     result = layer.get_base_layer()(x)
     if layer.disable_adapters:
         return result
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    (key,) = layer.active_adapters
+    a, b = layer.lora_A[key].weight, layer.lora_B[key].weight
     kind = _type_of_products(result, a)
-    inputs = layer.lora_dropout[ADAPTER](x)
+    inputs = layer.lora_dropout[key](x)
     tensors = (tensor.to(kind) for tensor in (result, inputs, a, b))
-    return LowRank.apply(*tensors, layer.scaling[ADAPTER]).to(result.dtype)
+    return LowRank.apply(*tensors, layer.scaling[key]).to(result.dtype)
 
 
 def _type_of_products(result: Tensor, a: Tensor) -> torch.dtype:

@@ -74,6 +74,15 @@ STYLE_INJECT = "styleinject"
 UNMERGEABLE = (STYLE_INJECT,)  # acts by the input, and is no change of weights: a file that only our loader can load
 READS_WEIGHTS = ("dora", "oft")  # needs the numbers of the frozen weights: to train, or to write files
 INITS = ("gaussian", "uniform")
+LORA_FAMILY = ("lora", "rslora", "dora")  # to peft one kind of layer, which may have several of them
+
+
+def check_kin(configs: Mapping[str, AdapterConfig]) -> None:
+    """ValueError for adapters, by name, of methods that a layer cannot have together."""
+    kinds = {"lora" if config.method in LORA_FAMILY else config.method for config in configs.values()}
+    if len(kinds) > 1:
+        methods = ", ".join(f"{config.method} for {name}" for name, config in configs.items())
+        raise ValueError(f"Got {methods}: expected one method for all, or several of {', '.join(LORA_FAMILY)}.")
 
 
 def check_layers(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:

@@ -99,3 +99,17 @@ class Conv2dStandIn(_ConvStandIn, nn.Conv2d):  # ty: ignore[incompatible-propert
 
 
 STAND_INS = {nn.Conv1d: Conv1dStandIn, nn.Conv2d: Conv2dStandIn}
+
+
+def stand_ins(module: nn.Module, names: list[str]) -> list[StandIn]:
+    """Puts stand-ins in the place of the layers that peft does not know."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    shown = []
+    for name in names:
+        layer = module.get_submodule(name)
+        if not isinstance(layer, BaseTunerLayer) and needs_stand_in(layer):
+            shown.append(stand_in(layer))
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, shown[-1])
+    return shown

@@ -13,6 +13,7 @@ import typer
 from ..errors import TrainingError
 from .demo import demo
 from .density import density
+from .distill import distill
 from .embedded import app as embedded
 from .files import convert, inspect
 from .generate import generate
@@ -46,7 +47,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, generate, density, inspect, convert, resize):
+for each in (demo, train, resume, distill, generate, density, inspect, convert, resize):
     _add(each)
 
 app.add_typer(embedded, name="embedded")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.attach import Adapter
+    from ..denoiser import TimedDenoiser
     from ..hosts.host import Host
 
 Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")]
 Model = Annotated[str, typer.Option(help='"embedded", a diffusers folder, or a .safetensors checkpoint.')]
 Components = Annotated[str | None, typer.Option(help="For a checkpoint: the diffusers folder with what it lacks.")]
-AdapterFile = Annotated[Path | None, typer.Option("--adapter", help="A style to draw in.")]
+AdapterFile = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="A style to draw in, or a one-step student, which is drawn with in one."),
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Take the prompts as they are, without the adapter's style phrase.")
 ]
@@ -64,6 +68,11 @@ def generate(
         raise ValueError(f"Got --precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     pixels = size_of(size)
     host = load_host(model, device_of(device), getattr(torch, precision), components=components)
+    level = level_of(adapter, host)
+    if level is not None and (guidance is not None or style_guidance):
+        raise ValueError(
+            f"{adapter} is a one-step student, which is never guided: leave --guidance and --style-guidance out"
+        )
     with wearing(host, adapter) as (host, phrase, attachment), progress_bar() as update:
         scale = host.guidance_scale if guidance is None else guidance
         asked = prompts if plain else in_style(prompts, phrase)
@@ -77,6 +86,7 @@ def generate(
             adapter=attachment,
             size=pixels,
             negative=negative,
+            one_step=level,
             callback=lambda step, total, _: update("drawing", step, total),
         )
     files = save(pictures, out, seed)
@@ -110,6 +120,21 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
     with attached_to_parts(parts_named(trees, loaded.names, family), loaded.config, seed=0) as attachment:
         attachment.load_state_dict(loaded.state)
         yield host, loaded.about.style_phrase if loaded.about else "", attachment
+
+
+def level_of(adapter: Path | None, host: "Host") -> "Tensor | None":
+    """The log_snr (1,) at which the student in this file is called; None where it is none."""
+    import torch
+
+    from ..formats.contents import read_outline
+    from ..noise import log_snr_of_time
+
+    about = read_outline(adapter).about if adapter else None
+    if about is None or not about.one_step:
+        return None
+    level = torch.tensor([float(about.one_step["level"])])
+    flow = about.one_step["unit"] == "sigma"
+    return log_snr_of_time(level) if flow else cast("TimedDenoiser", host.denoiser).clock.log_snr_of(level)
 
 
 def weights_of(host: "Host") -> Callable[[str], "Tensor"]:

@@ -121,16 +121,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
     """The two halves of what a user stated, resolved. ValueError names an unknown option or a bad value."""
-    ours = {field.name for field in fields(Job)}
-    known = ours | {field.name for field in fields(TrainConfig)}
+    ours, rest = sorted_out(table, Job, TrainConfig)
+    return from_table(Job, ours), config_from_table(rest)
+
+
+def sorted_out(table: Mapping[str, Any], job: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a table belongs to the one dataclass and what to the other. ValueError names an unknown option."""
+    ours = {field.name for field in fields(job)}
+    known = ours | {field.name for field in fields(config)}
     for name in table:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sorted(known))}."
             raise ValueError(f"Unknown option {name}: {advice}")
-    job = from_table(Job, {name: value for name, value in table.items() if name in ours})
-    config = config_from_table({name: value for name, value in table.items() if name not in ours})
-    return job, config
+    return (
+        {name: value for name, value in table.items() if name in ours},
+        {name: value for name, value in table.items() if name not in ours},
+    )
 
 
 def located(job: Job) -> Job:

@@ -49,6 +49,9 @@ class AdapterMetadata:
     started_from: str = ""  # the name of the adapter that training began with; "" = none
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, besides rank and alpha
     routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject: what its routers did at the end
+    # Of a one-step student: ``time`` of its call in ``unit`` ("time" of the teacher's 1000, or "sigma" of a flow), its
+    # ``log_snr`` (null = pure noise) and ``start``, what it is fed ("unit": noise of unit variance).
+    one_step: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:

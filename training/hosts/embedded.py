@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..denoiser import Conditioning
 from ..embedded.autoencoder import LATENT_CHANNELS, load_autoencoder
+from ..embedded.grammar import grammar
 from ..embedded.renderer import SIZE
 from ..embedded.text import TextEncoder, encode_prompts
 from ..embedded.transformer import load_transformer
@@ -55,6 +56,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
         latent_channels=LATENT_CHANNELS,
         reference_tokens=PUBLISHED_TOKENS,
         guidance_scale=3.0,
+        prompts=grammar(),
     )
 
 

@@ -32,6 +32,7 @@ class FluxDenoiser:
     family = "flux"
     process = "flow"
     prediction = "flow"
+    clock = CLOCK
     log_snr_range = CLOCK.log_snr_range
 
     def __init__(self, transformer: "FluxTransformer2DModel") -> None:

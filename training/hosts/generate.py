@@ -9,6 +9,8 @@ from ..adapters.attach import Adapter
 from ..denoiser import Conditioning
 from ..guidance import Guidance
 from ..noise import gaussian
+from ..one_step import answer_of, first_input
+from ..one_step import generate as draw
 from ..randomness import generator
 from ..sampling import sample
 from .guided import GuidedDenoiser
@@ -28,6 +30,7 @@ def generate(
     negative: str = "",
     guidance: Guidance | None = None,  # a rule that takes the place of ``guidance_scale``; for the ``adapter`` …
     adapter: Adapter | None = None,  # … that is on the host's model
+    one_step: Tensor | None = None,  # log_snr (1,) at which a student is called, once and without guidance
     callback: Callable[[int, int, Tensor], None] | None = None,
 ) -> Tensor:
     """One picture a prompt, (b, 3, h, w) in [0, 1] on the CPU.
@@ -48,6 +51,11 @@ def generate(
     def conditioning(texts: list[str]) -> Conditioning:
         return with_extras(host.encode_prompts(texts), host.sampling_conditioning)
 
+    if one_step is not None:
+        noise, process = noise.to(host.device), host.denoiser.process
+        answer, fed = answer_of(host.denoiser, conditioning(prompts)), first_input(process, noise, one_step)
+        drawn = draw(answer, fed, noise, process=process, log_snrs=one_step.to(host.device))
+        return host.decode_latents(drawn).cpu()
     denoiser, asked, null = host.denoiser, conditioning(prompts), None
     if guidance is not None:
         if adapter is None:

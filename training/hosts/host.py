@@ -27,7 +27,7 @@ class Host:
     """A text-to-image model, taken apart. Everything runs on ``device``."""
 
     name: str  # what the model is called in files and logs, for example "embedded" or a path
-    denoiser: Denoiser
+    denoiser: Denoiser  # a TimedDenoiser where it is of diffusers
     encode_images: Callable[[Tensor], Tensor]  # (b, 3, h, w) in [0, 1] -> latents (b, c, h', w'), float32
     decode_latents: Callable[[Tensor], Tensor]  # the inverse, clamped to [0, 1]
     encode_prompts: Callable[[list[str]], Conditioning]  # detached, one row a prompt
@@ -45,3 +45,4 @@ class Host:
     open_text_encoders: Callable[[], TextEncoders] | None = None
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled
+    prompts: tuple[str, ...] = ()  # what it can be asked for, where that is known (see :mod:`..data.prompts`)

@@ -22,6 +22,7 @@ class SD3Denoiser:
     family = "sd3"
     process = "flow"
     prediction = "flow"
+    clock = CLOCK
     log_snr_range = CLOCK.log_snr_range
 
     def __init__(self, transformer: "SD3Transformer2DModel") -> None:

@@ -31,9 +31,9 @@ from ..formats.metadata import AdapterMetadata, build_metadata
 from ..formats.state import load_state, remove_unfinished, save_state, write_atomically
 from ..formats.styles import Weights
 from ..processes import Processes
-from .config import TrainConfig, config_from_table, config_to_table
+from .config import RunConfig, TrainConfig, config_from_table
 from .samples import save_samples
-from .tables import differences
+from .tables import differences, from_table, to_table
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +55,18 @@ class Stored:
     step: int  # optimizer steps done
     continuable: bool  # False where only the result was kept
 
-    def differences(self, config: TrainConfig, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    def differences(self, config: RunConfig, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What forbids to continue with other options: (was, is) by dotted name. Nothing = the same run."""
         free = FREE if config.scheduler == "constant" else FREE - {"steps"}
-        pairs = differences({**self.config, **self.identity}, {**config_to_table(config), **identity})
+        pairs = differences({**self.config, **self.identity}, {**to_table(config), **identity})
         return {name: pair for name, pair in pairs.items() if name not in free}
 
 
 class RunDirectory:
     """The files of one run. Made by :func:`open_run`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: type[RunConfig] = TrainConfig) -> None:
+        self.path, self.kind = path, kind
         self.config = path / "config.json"
         self.events = path / "events.jsonl"
         self.checkpoint = path / "checkpoint.safetensors"
@@ -80,7 +80,7 @@ class RunDirectory:
         try:
             saved = load_state(self.checkpoint, tensors=False)
             # Through the dataclass, so that an option which is newer than the file has its default.
-            config = config_to_table(config_from_table(saved["config"]))
+            config = to_table(from_table(self.kind, saved["config"]))
             learner = saved["learner"]
             return Stored(config, saved["identity"], learner["step"], "optimizer" in learner)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
@@ -89,7 +89,7 @@ class RunDirectory:
                 "folder, or delete the file to begin anew."
             ) from error
 
-    def load(self, config: TrainConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def load(self, config: RunConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The learner's state from the checkpoint, None where there is none yet.
 
         IncompatibleCheckpoint where the file is unreadable, or belongs to a run with other options or other data.
@@ -132,14 +132,14 @@ class RunDirectory:
             save_state(self.checkpoint, content)
         self.adapter.unlink(missing_ok=True)
 
-    def save(self, state: Mapping[str, Any], config: TrainConfig, identity: Mapping[str, Any]) -> None:
+    def save(self, state: Mapping[str, Any], config: RunConfig, identity: Mapping[str, Any]) -> None:
         """Writes the checkpoint. TrainingError where the disk does not take it; the one before is then intact."""
-        content = {"config": config_to_table(config), "identity": dict(identity), "learner": state}
+        content = {"config": to_table(config), "identity": dict(identity), "learner": state}
         with self._disk_errors(self.checkpoint):
             save_state(self.checkpoint, content)
 
-    def save_config(self, config: TrainConfig) -> None:
-        text = json.dumps(config_to_table(config), indent=2, ensure_ascii=False) + "\n"
+    def save_config(self, config: RunConfig) -> None:
+        text = json.dumps(to_table(config), indent=2, ensure_ascii=False) + "\n"
         with self._disk_errors(self.config):
             write_atomically(self.config, lambda temporary: _write_text(temporary, text))
 
@@ -167,12 +167,12 @@ class RunDirectory:
 
 
 @contextmanager
-def open_run(path: Path) -> Iterator[RunDirectory]:
-    """The folder of a run, made if it is not there, and locked.
+def open_run(path: Path, kind: type[RunConfig] = TrainConfig) -> Iterator[RunDirectory]:
+    """The folder of a run, made if it is not there, and locked. ``kind``: the class of its options.
 
     ValueError where it cannot be written to; TrainingError while another process writes there.
     """
-    run = RunDirectory(path)
+    run = RunDirectory(path, kind)
     require_writable(path)
     lock = FileLock(path / "run.lock")
     try:

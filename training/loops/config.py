@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..adapters.methods import UNMERGEABLE, AdapterConfig
 from ..adapters.targets import TEXT_TARGETS
@@ -18,6 +18,25 @@ AUTOMATIC_PRECISION = "automatic"  # what a person may state, and :func:`precisi
 # Devices with matrix products in bfloat16. A CPU has them seldom, and then for large products only.
 WITH_BFLOAT16 = ("cuda", "xpu")
 MEMORY = ("automatic", "as set")
+
+
+class RunConfig(Protocol):
+    """The options that every kind of run has: when it reports, draws and saves."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def samples_a_step(self) -> int: ...
+    @property
+    def scheduler(self) -> str: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def report_every(self) -> int: ...
+    @property
+    def sample_every(self) -> int: ...
+    @property
+    def sample_prompts(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)

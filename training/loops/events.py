@@ -40,6 +40,7 @@ class Event:
     seconds: float  # of training, over all sessions of the run
     peak_bytes: int | None  # memory: of the device on CUDA, of the process elsewhere; None = not known
     routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject, over the layers (formats/routing)
+    others: Mapping[str, float] = field(default_factory=dict)  # means of what else a loop measures, by name
     images: Tensor | None = None  # samples (b, 3, h, w) in [0, 1]; not in the log
 
 

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,28 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..adapters.attach import Adapter
 from ..formats.keys import TEXT_ENCODER
-from .config import TrainConfig
 from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, Group, build_schedule
+
+
+class Learning(Protocol):
+    """What a learner is told, by the names of :class:`.config.TrainConfig`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def text_encoder_learning_rate(self) -> float: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def scheduler(self) -> str: ...
+    @property
+    def warm_up(self) -> int: ...
+    @property
+    def ema_decay(self) -> float: ...
 
 
 class Average:
@@ -51,10 +72,15 @@ def _groups(adapter: Adapter, text_rate: float) -> list[Group]:
 
 
 class Learner:
-    """One adapter, its optimiser and schedule, the average of its weights, and how far it has come."""
+    """One adapter, its optimiser and schedule, the average of its weights, and how far it has come.
 
-    def __init__(self, adapter: Adapter, config: TrainConfig) -> None:
-        self.adapter = adapter
+    ``beside``: learners that are saved and continued with it, by name.
+    """
+
+    def __init__(
+        self, adapter: Adapter, config: Learning, beside: Mapping[str, "Learner"] = MappingProxyType({})
+    ) -> None:
+        self.adapter, self.beside = adapter, beside
         self.parameters: list[nn.Parameter] = list(adapter.parameters())
         self.optimizer: Any = OPTIMIZERS[config.optimizer](
             _groups(adapter, config.text_encoder_learning_rate),
@@ -70,6 +96,11 @@ class Learner:
         self.losses: list[float] = []  # mean loss of each
         self.whole = True  # False while an update is under way: what is in memory then belongs to no step
         self._seconds, self._since = 0.0, time.monotonic()
+
+    @property
+    def all_parameters(self) -> list[nn.Parameter]:
+        """With those of the learners beside it."""
+        return [*self.parameters, *(each for learner in self.beside.values() for each in learner.all_parameters)]
 
     @property
     def seconds(self) -> float:
@@ -122,6 +153,7 @@ class Learner:
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict(),
             "routing": None if self.adapter.routing is None else self.adapter.routing.state_dict(),
+            **({"beside": {name: each.state_dict() for name, each in self.beside.items()}} if self.beside else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,3 +166,5 @@ class Learner:
             self.adapter.routing.load_state_dict(state["routing"])
         self.step, self.losses = state["step"], state["losses"].tolist()
         self._seconds, self._since = state["seconds"], time.monotonic()
+        for name, learner in self.beside.items():
+            learner.load_state_dict(state["beside"][name])

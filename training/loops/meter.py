@@ -1,6 +1,6 @@
 """Losses between two reports. They stay on the device and are moved once, so that no step waits for another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,14 @@ class Reading:
     log_snr: Tensor  # (n,)
     losses: Tensor  # (n,)
     by_step: list[float]  # mean loss of each optimizer step
+    others: Mapping[str, float]  # means of what else was noted
 
 
 class Meter:
     def __init__(self) -> None:
         self._batches: list[Measured] = []
         self._norms: dict[int, Tensor] = {}  # of the gradient, by step
+        self._others: dict[str, list[Tensor]] = {}  # by name
 
     def add(self, step: int, captions: tuple[str, ...], log_snr: Tensor, losses: Tensor) -> None:
         """Keeps the losses (b,) of a batch, detached."""
@@ -40,6 +42,10 @@ class Meter:
     def add_norm(self, step: int, norm: Tensor) -> None:
         """Keeps the norm () of the gradient of a step."""
         self._norms[step] = norm.detach()
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Keeps a further number (), whose mean is told."""
+        self._others.setdefault(name, []).append(value.detach())
 
     def check(self, step: int) -> None:
         """NonFiniteLoss if a loss or the gradient of ``step`` is NaN or infinite. Waits for the device."""
@@ -56,10 +62,12 @@ class Meter:
         batches = _check(batches, {step: norm for step, norm in self._norms.items() if step < done})
         self._batches.clear()
         self._norms.clear()
+        others = {name: torch.stack(values).float().mean().item() for name, values in self._others.items()}
+        self._others.clear()
         losses = torch.cat([batch.losses for batch in batches])
         steps = sorted({batch.step for batch in batches})
         by_step = [torch.cat([b.losses for b in batches if b.step == step]).mean().item() for step in steps]
-        return Reading(torch.cat([batch.log_snr for batch in batches]), losses, by_step)
+        return Reading(torch.cat([batch.log_snr for batch in batches]), losses, by_step, others)
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
@@ -71,6 +79,7 @@ def joined(readings: Sequence[Reading]) -> Reading:
         torch.cat([reading.log_snr for reading in readings]),
         torch.cat([reading.losses for reading in readings]),
         by_step,
+        {name: sum(reading.others[name] for reading in readings) / len(readings) for name in readings[0].others},
     )
 
 

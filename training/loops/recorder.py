@@ -14,7 +14,7 @@ from ..errors import IncompatibleCheckpoint
 from ..formats.routing import routing_table, summary_of
 from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, require_space
-from .config import TrainConfig
+from .config import RunConfig
 from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
 from .meter import Meter, joined
@@ -38,7 +38,7 @@ class Recorder:
         run: RunDirectory | None,
         learner: Learner,
         meter: Meter,
-        config: TrainConfig,
+        config: RunConfig,
         *,
         subject: Subject,
         device: torch.device,
@@ -65,7 +65,7 @@ class Recorder:
 
     def _begin(self, run: RunDirectory) -> None:
         learner = self._learner
-        require_space(run.path, sum(p.numel() * p.element_size() for p in learner.parameters))
+        require_space(run.path, sum(p.numel() * p.element_size() for p in learner.all_parameters))
         run.save_config(self._config)
         self._save_adapter()  # the process before may have been killed between checkpoint and adapter
         self.save()
@@ -129,6 +129,7 @@ class Recorder:
             seconds=learner.seconds,
             peak_bytes=peak_memory(self._device),
             routing=summary_of(self._routing()),
+            others=reading.others,
             images=images,
         )
         with processes.together():

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from stylewright.training.cli.app import run
+from stylewright.training.cli.distill import DistilJob, prompts_of
+from stylewright.training.hosts.loading import load_host
+
+SMALL = ["distill", "--resolution", "32", "--batch-size", "2", "--rank", "2", "--fake-rank", "2", "--out", "run"]
+
+
+def printed(capsys, *arguments: str) -> dict:
+    code = run([*arguments, "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return json.loads(said.out)
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert run(arguments) == 1
+    return capsys.readouterr().err
+
+
+def test_distil_continue_and_draw_in_one_step(workplace, capsys):
+    sampled = ["--sample-every", "2", "--sample-prompts", "star in jazz style"]
+    result = printed(capsys, *SMALL, *sampled, "--steps", "2", "--guidance-low", "2", "--guidance-high", "3")
+    assert result["steps"] == 2 and result["apart"] > 0
+    assert (workplace / "run" / "samples" / "step-000002-0.png").exists()
+    longer = printed(capsys, *SMALL, *sampled, "--steps", "3", "--guidance-low", "2", "--guidance-high", "3")
+    assert longer["steps"] == 3
+    events = [json.loads(line) for line in (workplace / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events][-1] == 3
+
+    report = printed(capsys, "inspect", longer["student"])
+    assert json.loads(report["metadata"]["stylewright.one_step"])["level"] == 1.0
+    drawn = printed(capsys, "generate", "--adapter", longer["student"], "--prompt", "star", "--size", "32x32")
+    assert len(drawn["pictures"]) == 1
+    assert "leave --guidance and" in refused(
+        capsys, "generate", "--adapter", longer["student"], "--prompt", "star", "--guidance", "3"
+    )
+
+
+def test_another_run_in_the_folder_is_refused(workplace, capsys):
+    printed(capsys, *SMALL, "--steps", "1")
+    assert "seed was 0 and is 1" in refused(capsys, *SMALL, "--steps", "1", "--seed", "1")
+
+
+def test_a_file_has_the_names_of_the_flags(workplace, capsys):
+    (workplace / "distill.toml").write_text(
+        'steps = 1\nbatch_size = 2\nresolution = 32\nout = "run"\nprompt = ["a {star|tree}"]\nfake_rank = 2\n'
+        "[adapter]\nrank = 2\n"
+    )
+    assert printed(capsys, "distill", "--config", "distill.toml")["steps"] == 1
+    config = json.loads((workplace / "run" / "config.json").read_text())
+    assert config["adapter"]["rank"] == 2 and config["batch_size"] == 2
+    (workplace / "distill.toml").write_text("guidance_lo = 1\n")
+    assert "did you mean guidance_low?" in refused(capsys, "distill", "--config", "distill.toml")
+
+
+def test_prompts_come_from_flags_a_file_and_the_model_and_get_the_style_phrase(workplace):
+    host = load_host("embedded")
+    (workplace / "prompts.txt").write_text("a {house|star}\n")
+    both = DistilJob(prompt=("a tree",), prompts="prompts.txt", style_phrase="<v0>")
+    assert prompts_of(both, host).lines == ("a tree in <v0> style", "a {house|star} in <v0> style")
+    assert prompts_of(DistilJob(), host).lines == host.prompts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resolution", "40"], "multiples of 16"),
+        (["--prompt", "{star"], "brace"),
+        (["--prompts", "none.txt"], "Cannot read"),
+        (["--prompt", "zebra"], "does not know 'zebra'"),
+        (["--time", "2"], "time=2.0"),
+        (["--model", "nowhere"], "no model at"),
+    ],
+)
+def test_what_cannot_work_is_said_and_leaves_nothing(arguments, words, workplace, capsys):
+    assert words in refused(capsys, *SMALL, "--steps", "1", *arguments)
+    assert not (workplace / "run").exists()

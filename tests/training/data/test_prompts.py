@@ -1,0 +1,79 @@
+"""Prompts by the line, with alternatives."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from stylewright.training.data.cache import Cache
+from stylewright.training.data.prompts import Prompts, read_line, read_prompts, remembered
+from stylewright.training.embedded.grammar import grammar
+from stylewright.training.embedded.vocabulary import tokenize
+
+
+def test_a_line_stands_for_every_combination_once():
+    line = read_line("{circle|star} in {red|blue|} style")
+    made = [line.prompt(number) for number in range(len(line))]
+    assert len(line) == 6 and len(set(made)) == 6
+    assert "star in blue style" in made and "circle in  style" in made
+
+
+def test_a_line_without_braces_is_itself():
+    assert [read_line("a tree").prompt(0)] == ["a tree"]
+
+
+@pytest.mark.parametrize("text", ["{a|b", "a}", "{a|{b|c}}"])
+def test_braces_that_do_not_match_are_refused(text):
+    with pytest.raises(ValueError, match="brace"):
+        read_line(text)
+
+
+def test_each_line_is_as_likely_as_any_other_and_each_of_its_prompts():
+    prompts = Prompts(("{a|b|c|d}", "e"))
+    count = Counter(prompt for step in range(400) for prompt in prompts.drawn(0, step, 10))
+    assert count["e"] == pytest.approx(2000, abs=130)  # four deviations
+    assert [count[each] for each in "abcd"] == pytest.approx([500] * 4, abs=90)
+
+
+def test_what_is_drawn_is_a_function_of_seed_and_step():
+    prompts = Prompts(("{a|b|c|d}{a|b|c|d}{a|b|c|d}",))
+    assert prompts.drawn(0, 5, 8) == prompts.drawn(0, 5, 8)
+    assert prompts.drawn(0, 5, 8) != prompts.drawn(0, 6, 8) != prompts.drawn(1, 6, 8)
+
+
+def test_a_file_has_a_prompt_a_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# subjects\n\n a tree \nein {Haus|Stern} in blauem Stil\n", encoding="utf-8")
+    assert read_prompts(file).lines == ("a tree", "ein {Haus|Stern} in blauem Stil")
+    file.write_text("# nothing\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no prompts"):
+        read_prompts(file)
+    with pytest.raises(ValueError, match="Cannot read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_no_lines_are_refused():
+    with pytest.raises(ValueError, match="no prompts"):
+        Prompts(())
+
+
+def test_a_prompt_is_encoded_once_and_found_again(tmp_path):
+    asked = []
+
+    def encode(prompts):
+        asked.extend(prompts)
+        return {"context": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+
+    for _ in range(2):
+        rows = remembered(encode, Cache(tmp_path), "toy")(["a", "bcd", "a"])
+        assert rows["context"].tolist() == [[1.0], [3.0], [1.0]]
+    assert asked == ["a", "bcd"]
+    remembered(encode, Cache(tmp_path), "another")(["a"])
+    assert asked == ["a", "bcd", "a"]
+
+
+def test_the_embedded_models_grammar_has_words_that_it_knows_only():
+    for text in grammar():
+        line = read_line(text)
+        for number in (0, len(line) // 2, len(line) - 1):
+            assert not tokenize(line.prompt(number)).unknown

@@ -1,0 +1,105 @@
+"""Prompts without pictures: lines to draw from, with alternatives in braces.
+
+``{circle|star} in {jazz|opera} style`` stands for four prompts. Each line is as likely as any other, and each of its
+prompts as any other of that line.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..denoiser import Conditioning
+from ..randomness import generator
+from .cache import Cache, digest
+
+Encode = Callable[[list[str]], Conditioning]  # one row a prompt
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt with alternatives: what may stand at each place of it."""
+
+    places: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        """How many prompts it stands for."""
+        return math.prod(len(choices) for choices in self.places)
+
+    def prompt(self, number: int) -> str:
+        """One of them, counted from 0."""
+        words = []
+        for choices in reversed(self.places):
+            number, choice = divmod(number, len(choices))
+            words.append(choices[choice])
+        return "".join(reversed(words))
+
+
+def read_line(text: str) -> Line:
+    """A line with its braces. ValueError for braces that do not match, or that are within each other."""
+    places = []
+    for position, part in enumerate(re.split(r"\{([^{}]*)\}", text)):
+        if position % 2 == 0 and set(part) & set("{}"):
+            raise ValueError(f"The prompt {text!r} has a brace without its other: write alternatives as {{a|b}}.")
+        places.append(tuple(part.split("|")) if position % 2 else (part,))
+    return Line(tuple(places))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run draws its prompts from."""
+
+    lines: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lines:
+            raise ValueError("There are no prompts: give at least one line that is not empty.")
+        for line in self.lines:
+            read_line(line)
+
+    def __len__(self) -> int:
+        """How many different prompts the lines stand for, at most."""
+        return sum(len(read_line(line)) for line in self.lines)
+
+    def drawn(self, seed: int, step: int, count: int) -> list[str]:
+        """``count`` prompts, which are a function of seed and step."""
+        draw = generator(seed, "prompts", step)
+        picks = torch.randint(len(self.lines), (count,), generator=draw).tolist()
+        lines = [read_line(self.lines[pick]) for pick in picks]
+        return [line.prompt(int(torch.randint(len(line), (), generator=draw))) for line in lines]
+
+    def fingerprint(self) -> str:
+        return digest(*self.lines)
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The lines of a text file; empty ones, and those that begin with #, are none. ValueError where it has none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the prompts in {path}: {error}") from error
+    kept = prompts_of(lines)
+    if not kept:
+        raise ValueError(f"{path} has no prompts: write one a line, alternatives as {{a|b}}.")
+    return Prompts(kept)
+
+
+def prompts_of(lines: Iterable[str]) -> tuple[str, ...]:
+    stripped = (line.strip() for line in lines)
+    return tuple(line for line in stripped if line and not line.startswith("#"))
+
+
+def remembered(encode: Encode, cache: Cache, encoder: str) -> Encode:
+    """``encode`` that keeps each prompt's row in the cache. ``encoder`` names what encodes."""
+
+    def recall(prompts: Sequence[str]) -> Conditioning:
+        rows = [
+            cache.recall("prompt", digest(encoder, prompt), lambda prompt=prompt: encode([prompt]))
+            for prompt in prompts
+        ]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    return recall

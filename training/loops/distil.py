@@ -1,0 +1,214 @@
+"""Distilling a one-step student from a frozen model and prompts, as one loop.
+
+SwiftBrush (arXiv 2312.05239) with PG-SB's random guidance (arXiv 2412.02687), or DMD's convention: see
+:mod:`..distillation`. One frozen network serves as teacher, student and fake: the latter two are adapters on it.
+
+Everything drawn is a function of (seed, step), so that a continued run repeats exactly.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ..adapters.attach import attached_together
+from ..adapters.stand_in import base_weight
+from ..clocks import Clock, log_snr_at
+from ..data.prompts import Encode, Prompts
+from ..denoiser import Conditioning, TimedDenoiser
+from ..densities import stratified_uniform
+from ..distillation import DMD, guidance_scales
+from ..formats.keys import UNET_LAYERS
+from ..formats.metadata import AdapterMetadata
+from ..noise import gaussian
+from ..one_step_presets import one_step_of
+from ..randomness import generator
+from .checkpoint import RunDirectory, open_run
+from .distil_config import DistilConfig
+from .events import Event
+from .learner import Learner
+from .meter import Meter
+from .recorder import Recorder
+from .saving import ALL, Saving
+from .score_passes import Judged, Networks, gradient, learn_fake, learn_student, pictures
+from .subject import Subject, kind_of
+from .tables import to_table
+
+STUDENT, FAKE = "student", "fake"
+
+
+@dataclass(frozen=True)
+class DistilResult:
+    """What a finished run gives back."""
+
+    adapter_state: dict[str, Tensor]  # of the student: peft's names, float32 on the CPU, averaged where it is
+    history: list[Event]
+    steps_done: int
+    path: Path | None  # of the student's file
+
+
+def distil(
+    denoiser: TimedDenoiser,
+    prompts: Prompts,
+    encode: Encode,
+    config: DistilConfig,
+    *,
+    latent_size: tuple[int, int, int],  # channels, height and width of a picture's latent
+    run_dir: Path | RunDirectory | None,  # a folder, or one that is open already; None = nothing is kept on disk
+    report: Callable[[Event], None] | None = None,  # what it raises stops the run, which is saved first
+    check: Callable[[], None] | None = None,  # called before every step; what it raises does the same
+    sample: Callable[[int], Tensor | None] | None = None,  # step -> pictures (b, 3, h, w) in [0, 1], or none
+    device: torch.device | str = "cpu",
+    conditioning: Conditioning | None = None,  # entries (1, …) that every batch gets too
+    base_model: str = "",
+    unet_layers: int = UNET_LAYERS,
+    resolution: int | None = None,  # side in pixels of a square of the same area, for the student's file
+    identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
+) -> DistilResult:
+    """Trains a student on a frozen denoiser, which is afterwards what it was before.
+
+    Where ``run_dir`` holds a checkpoint of the same run, continues it, and ends as if it had never stopped. Raises,
+    and saves before it does, as :func:`.train.train`.
+    """
+    device = torch.device(device)
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(run_dir, DistilConfig)) if isinstance(run_dir, Path) else run_dir
+        texts = _Texts(encode, conditioning or {}, device)
+        texts.of(prompts.drawn(config.seed, 0, config.batch_size))  # refuses what the model does not know
+        configs = {STUDENT: config.adapter, FAKE: config.fake}
+        adapters = stack.enter_context(
+            attached_together(denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device)
+        )
+        student, fake = adapters[STUDENT], adapters[FAKE]
+        saving = Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
+        stack.enter_context(saving.applied(denoiser.module, device))
+        networks = Networks(denoiser, student, fake, config.precision)
+        taught = Learner(fake, config.fake_rates)
+        learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
+        subject = Subject(
+            identity={"model": kind_of(denoiser), "prompts": prompts.fingerprint(), **(identity or {})},
+            about=replace(
+                _about(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution
+            ),
+            weights=lambda name: base_weight(student.layer(name)),
+        )
+        recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
+        stack.enter_context(recorder.saving_on_exceptions())
+        recorder.catch_up(sample)
+        call = log_snr_at(denoiser.clock, torch.full((config.batch_size,), config.time)).to(device)
+        while learner.step < config.steps:
+            if check is not None:
+                check()
+            step = learner.step
+            chosen = prompts.drawn(config.seed, step, config.batch_size)
+            judged = _judged(config, step, latent_size, denoiser.clock, texts, chosen)
+            with networks.acting_as(student):
+                noise = _noise(config, step, "student", latent_size).to(device)
+                x0 = pictures(networks, noise, call, judged.conditioning)
+            g, apart = gradient(networks, x0.detach(), judged, config.convention)
+            with networks.acting_as(student):
+                losses = learn_student(x0, g)
+            meter.add(step, tuple(chosen), judged.log_snr.cpu(), losses)
+            meter.add_norm(step, clip_grad_norm_(learner.parameters, config.clip_norm or math.inf))
+            meter.note("apart", apart)
+            if device.type == "cpu":
+                meter.check(step)
+            with learner.updating():
+                _update(learner)
+                for update in range(config.fake_updates):
+                    lesson = _lesson(config, step, update, latent_size, denoiser.clock, texts, chosen)
+                    meter.note("fake_loss", learn_fake(networks, x0, *lesson).mean())
+                    meter.note("fake_norm", clip_grad_norm_(taught.parameters, config.clip_norm or math.inf))
+                    _update(taught)
+            recorder.observe(report, sample)
+        return DistilResult(learner.result(), recorder.history, learner.step, run.adapter if run else None)
+
+
+def _update(learner: Learner) -> None:
+    learner.optimizer.step()
+    learner.schedule.step()
+    learner.optimizer.zero_grad()
+    learner.average.update()
+
+
+class _Texts:
+    """Prompts as the network is told them, on the device."""
+
+    def __init__(self, encode: Encode, more: Conditioning, device: torch.device) -> None:
+        self._encode, self._more, self._device = encode, more, device
+        self._null = encode([""])
+
+    def of(self, prompts: list[str]) -> Conditioning:
+        return self._whole(self._encode(prompts), len(prompts))
+
+    def null(self, rows: int) -> Conditioning:
+        return self._whole(self._null, rows)
+
+    def _whole(self, conditioning: Conditioning, rows: int) -> Conditioning:
+        whole = {**conditioning, **self._more}
+        return {name: value.expand(rows, *value.shape[1:]).to(self._device) for name, value in whole.items()}
+
+
+def _judged(
+    config: DistilConfig, step: int, size: tuple[int, int, int], clock: Clock, texts: _Texts, prompts: list[str]
+) -> Judged:
+    rows, device = len(prompts), texts._device
+    times = stratified_uniform(rows, generator(config.seed, "time", step)).float()
+    times = config.lowest_time + (config.highest_time - config.lowest_time) * times
+    u = torch.rand(rows if config.guidance_by_sample else 1, generator=generator(config.seed, "guidance", step))
+    return Judged(
+        log_snr=log_snr_at(clock, times).to(device),
+        eps=_noise(config, step, "judge", size).to(device),
+        scales=guidance_scales(config.guidance_low, config.guidance_high, u).expand(rows).to(device),
+        conditioning=texts.of(prompts),
+        null=texts.null(rows),
+    )
+
+
+def _lesson(
+    config: DistilConfig,
+    step: int,
+    update: int,
+    size: tuple[int, int, int],
+    clock: Clock,
+    texts: _Texts,
+    prompts: list[str],
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Noise, log_snr and conditioning of an update of the fake, some of whose prompts are empty."""
+    draw = generator(config.seed, "lesson", step, update)
+    share = 0.0 if config.convention == DMD else config.null_share  # the fake is not guided there
+    dropped = torch.rand(len(prompts), generator=draw) < share
+    told = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+    log_snr = log_snr_at(clock, stratified_uniform(len(prompts), draw).float())
+    noise = _noise(config, step, f"lesson {update}", size).to(texts._device)
+    return noise, log_snr.to(texts._device), texts.of(told)
+
+
+def _noise(config: DistilConfig, step: int, use: str, size: tuple[int, int, int]) -> Tensor:
+    """Unit noise (b, c, h, w) in float32, drawn on the CPU: the same on every device."""
+    return gaussian((config.batch_size, *size), generator(config.seed, use, step))
+
+
+def _about(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetadata:
+    adapter = config.adapter
+    return AdapterMetadata(
+        family=denoiser.family,
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=(adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets,
+        process=denoiser.process,
+        prediction=denoiser.prediction,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        title="One-step student",
+        training=to_table(config),
+        one_step=one_step_of(denoiser.clock, denoiser.prediction, config.time),
+    )

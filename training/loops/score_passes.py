@@ -1,0 +1,94 @@
+"""The passes of one iteration of score distillation: the student's pictures, their gradient, the fake's lesson."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters.attach import Adapter, switched_to
+from ..denoiser import Conditioning, Denoiser
+from ..distillation import DMD, dmd_gradient, fake_weight, guided, student_loss, vsd_gradient
+from ..losses import mse
+from ..noise import add_noise
+from ..one_step import answer_of
+from ..predictions import target
+
+
+@dataclass(frozen=True)
+class Networks:
+    """One frozen network in three roles: without an adapter it is the teacher."""
+
+    denoiser: Denoiser
+    student: Adapter
+    fake: Adapter
+    precision: str = "float32"
+
+    @contextmanager
+    def acting_as(self, adapter: Adapter | None) -> Iterator[Denoiser]:
+        """Inside, the network is the student, the fake, or with None the teacher."""
+        device = next(self.denoiser.module.parameters()).device.type
+        bfloat16 = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        with switched_to(adapter, (self.student, self.fake)), bfloat16:
+            yield self.denoiser
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an iteration drew to judge the student's pictures by, on the device."""
+
+    log_snr: Tensor  # (b,)
+    eps: Tensor  # (b, c, h, w)
+    scales: Tensor  # (b,) of guidance
+    conditioning: Conditioning  # (b, …)
+    null: Conditioning  # (b, …)
+
+
+def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
+    """x0 (b, c, h, w) in float32 of the student from unit noise, called at log_snr (b,). In ``acting_as(student)``."""
+    return answer_of(networks.denoiser, conditioning)(noise, log_snr)
+
+
+@torch.no_grad()
+def gradient(networks: Networks, x0: Tensor, judged: Judged, convention: str) -> tuple[Tensor, Tensor]:
+    """g (b, c, h, w) of the student's pictures, and the mean distance between what teacher and fake see, ()."""
+    denoiser = networks.denoiser
+    x_t = add_noise(denoiser.process, x0, judged.eps, judged.log_snr)
+    with networks.acting_as(None):
+        real = _guided(denoiser, x_t, judged)
+    with networks.acting_as(networks.fake):
+        if convention == DMD:
+            fake = answer_of(denoiser, judged.conditioning)(x_t, judged.log_snr)
+        else:
+            fake = _guided(denoiser, x_t, judged)
+    apart = (real - fake).abs().mean()
+    if convention == DMD:
+        return dmd_gradient(x0, real, fake), apart
+    return vsd_gradient(real, fake, denoiser.prediction, denoiser.process, judged.log_snr), apart
+
+
+def _guided(denoiser: Denoiser, x_t: Tensor, judged: Judged) -> Tensor:
+    """x0 as the network sees it, guided: null and prompt in one batch."""
+    both = {name: torch.cat([judged.null[name], value]) for name, value in judged.conditioning.items()}
+    null, conditional = answer_of(denoiser, both)(x_t.repeat(2, 1, 1, 1), judged.log_snr.repeat(2)).chunk(2)
+    return guided(null, conditional, judged.scales)
+
+
+def learn_student(x0: Tensor, g: Tensor) -> Tensor:
+    """Adds the gradient of the student's part of a step. Losses (b,)."""
+    losses = student_loss(x0, g)
+    losses.mean().backward()
+    return losses
+
+
+def learn_fake(networks: Networks, x0: Tensor, eps: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
+    """Adds the gradient of the fake's part: noise in the student's pictures, which it must tell apart. Losses (b,)."""
+    denoiser, x0 = networks.denoiser, x0.detach()
+    x_t = add_noise(denoiser.process, x0, eps, log_snr)
+    wanted = target(denoiser.prediction, denoiser.process, x0, eps, log_snr)
+    with networks.acting_as(networks.fake):
+        losses = mse(denoiser(x_t, log_snr, conditioning), wanted)
+        losses = losses * fake_weight(denoiser.prediction, denoiser.process, log_snr)
+        losses.mean().backward()
+    return losses
