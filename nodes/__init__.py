@@ -8,6 +8,7 @@ from .combine import CombineDatasetsNode
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
+from .guider import StyleGuider
 from .lora_loader import StyleLoRALoader
 from .lora_resize import StyleLoRAResize
 from .negative import NASANegativeAttention
@@ -29,6 +30,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     OneStepSamplerParts,
     PromptSwitchByLogSNR,
     CFGByLogSNR,
+    StyleGuider,
     NASANegativeAttention,
 )
 

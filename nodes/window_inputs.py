@@ -11,19 +11,20 @@ ALL_LEVELS, STYLE, CUSTOM = "all noise levels", "where style is made", "from win
 WIDEST = 20.0  # in log_snr; a limit of the window that is as far out is none
 
 
-def window_widgets(tooltip: str, *, high: float) -> list[io.Input]:
-    """Which window, and the ends of one of the user's own; ``high``: the default of the cleaner one."""
+def window_widgets(tooltip: str, *, high: float, prefix: str = "") -> list[io.Input]:
+    """Which window, and the ends of one of the user's own; ``high``: the default of the cleaner one. ``prefix``: of
+    their names, where there are several windows."""
     return [
         io.Combo.Input(
-            "window",
+            f"{prefix}window",
             options=[ALL_LEVELS, STYLE, CUSTOM],
             default=ALL_LEVELS,
             optional=True,
             advanced=True,
             tooltip=tooltip,
         ),
-        _end("window_low", -WIDEST, "the noisiest level, in log_snr. -20 = no limit, from pure noise on."),
-        _end("window_high", high, "the cleanest level, in log_snr. 20 = no limit, down to the last step."),
+        _end(f"{prefix}window_low", -WIDEST, "the noisiest level, in log_snr. -20 = no limit, from pure noise on."),
+        _end(f"{prefix}window_high", high, "the cleanest level, in log_snr. 20 = no limit, down to the last step."),
     ]
 
 

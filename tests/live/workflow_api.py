@@ -2,13 +2,15 @@
 
 A saved node has its links under ``inputs`` and the values of its widgets in a list, in the order of the schema. A
 prompt has both by name. What the front end knows beyond the schema is written down here: which inputs are widgets,
-and that a seed's widget may be followed by one that says how it changes.
+and that a seed's widget may be followed by one that says how it changes. A dynamic combo is a widget with further ones
+behind it, which depend on its value and are called ``combo.widget``.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 AFTER_SEED = {"fixed", "increment", "decrement", "randomize"}
 FRONT_END_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 NEVER, BYPASS = 2, 4  # modes of a node
@@ -43,10 +45,27 @@ def inputs_of(schema: dict) -> list[Input]:
     return found
 
 
+def inputs_for(node: dict, schema: dict) -> list[Input]:
+    """The inputs of a saved node: those of its dynamic combos are the ones of the options that it has."""
+    found, values = [], list(node.get("widgets_values") or [])
+    for spec in inputs_of(schema):
+        place = sum(each.is_widget for each in found)
+        if spec.kind != DYNAMIC:
+            found.append(spec)
+            continue
+        options = {option["key"]: option["inputs"] for option in spec.options["options"]}
+        found.append(Input(spec.name, "COMBO", {}, list(options), spec.required))
+        chosen = options.get(values[place] if place < len(values) else None, {})
+        for group, inputs in chosen.items():
+            for name, (kind, *rest) in inputs.items():
+                found.append(Input(f"{spec.name}.{name}", kind, rest[0] if rest else {}, None, group == "required"))
+    return found
+
+
 def widget_values(node: dict, schema: dict) -> dict[str, Any]:
     """The values of a saved node's widgets by name. AssertionError where there are too many or too few."""
     values, found = list(node.get("widgets_values") or []), {}
-    for spec in inputs_of(schema):
+    for spec in inputs_for(node, schema):
         if not spec.is_widget:
             continue
         assert values, f"{node['type']} {node['id']}: no value for {spec.name}"
@@ -82,7 +101,7 @@ def problems(workflow: dict, object_info: dict) -> list[str]:
 
 
 def _node_problems(node: dict, schema: dict) -> list[str]:
-    name, specs = f"{node['type']} {node['id']}", {spec.name: spec for spec in inputs_of(schema)}
+    name, specs = f"{node['type']} {node['id']}", {spec.name: spec for spec in inputs_for(node, schema)}
     linked = {each["name"] for each in node.get("inputs", []) if each.get("link") is not None}
     found = [f"{name}: no input {each['name']}" for each in node.get("inputs", []) if each["name"] not in specs]
     outputs = [each["type"] for each in node.get("outputs", [])]

@@ -19,6 +19,7 @@ from ....training.attention_guidance import AttentionGuidance, Tokens
 from ....training.windows import Window
 from ..families import latents_per_token
 from ..noise_levels import levels_of
+from ..pairs import SIDE, twin
 from .conds import Encoded, Negatives, weighted
 from .reach import Layer, LayerForward, hidden, replaced
 
@@ -195,7 +196,7 @@ class Gate:
         _check_widths(call.negatives, inputs.text)
         if sampling is None or not _weights_stay(model, inputs.options):
             return call
-        which = (inputs.x.device, *(id(each.conds) for each in call.negatives))
+        which = (inputs.x.device, inputs.options.get(SIDE), *(id(each.conds) for each in call.negatives))
         return replace(call, kept=sampling.kept.setdefault(which, {}))
 
     def _strength(self, model: Any, inputs: Inputs) -> float:
@@ -239,7 +240,7 @@ def check_single(options: Mapping[str, Any]) -> None:
 def _positive(guider: Any) -> frozenset | None:
     """Ids of a guider's positive prompts. Their place in a batch does not tell: DualCFGGuider's first is negative."""
     conds = guider.conds.get("positive") if guider is not None else None
-    return frozenset(cond["uuid"] for cond in conds) if conds else None
+    return frozenset(each for cond in conds for each in (cond["uuid"], twin(cond["uuid"]))) if conds else None
 
 
 def _weights_stay(model: Any, options: Mapping[str, Any]) -> bool:
