@@ -38,7 +38,7 @@ SCHEMA_API = {"comfy_api"}
 # Every single file of training/ is mathematics: functions of tensors, and the contracts they share.
 LAYERS = [
     {"mathematics"},
-    {"adapters", "data", "embedded", "formats", "hosts"},
+    {"adapters", "concepts", "data", "embedded", "formats", "hosts"},
     {"loops", "embedded/pretrain"},
     {"demo"},
     {"cli"},

@@ -18,6 +18,7 @@ from .outlines import REACH, distance_fields
 
 SIZE = 128  # pixels; 64 image tokens of the small FLUX
 SOFT = 14 * 2 / SIZE  # width of a soft edge in canvas units
+INK = 0.035  # half the width of an inked edge
 
 SUBJECTS = ("circle", "square", "triangle", "star", "heart", "cross", "crescent", "arrow", "tree", "house")
 GROUNDS = ("flat", "stripes", "diagonal", "checker", "sunset", "dots", "waves")
@@ -155,17 +156,60 @@ def scene_of(subject: Tensor, style: Style, generator: torch.Generator) -> Scene
 
 def render(scene: Scene, size: int = SIZE) -> Tensor:
     """Draws the scenes: (b, 3, size, size) float32 in [0, 1]."""
+    return _with_subjects(_empty(scene, size), scene, size)
+
+
+def render_together(scene: Scene, size: int = SIZE) -> Tensor:
+    """Draws all subjects of the scenes, from the first to the last, into one picture on the ground of the first one:
+    (3, size, size).
+    """
+    picture = _empty(scene[:1], size)
+    for i in range(len(scene)):
+        picture = _with_subjects(picture, scene[i : i + 1], size)
+    return picture[0]
+
+
+def extents(scene: Scene, size: int = SIZE) -> Tensor:
+    """The smallest boxes around the subjects, with their ink, (b, 4) int64: left, top, right, bottom in pixels.
+
+    Right and bottom are the first pixels outside. A pixel counts from half coverage on.
+    """
+    x, y, _ = _canvas(size)
+    distance, _ = _subject_distance(scene, x, y)
+    inked = (scene.edge == EDGES.index("inked")).view(-1, 1, 1)
+    inside = distance <= INK * inked
+    rows, columns = inside.any(2), inside.any(1)
+    return torch.stack([_first(columns), _first(rows), size - _first(columns.flip(1)), size - _first(rows.flip(1))], 1)
+
+
+def _first(marks: Tensor) -> Tensor:
+    """Index of the first True of each row, (b,)."""
+    return marks.int().argmax(1)
+
+
+def _canvas(size: int) -> tuple[Tensor, Tensor, float]:
+    """Places of the pixels' centres in canvas units, x and y (size, size), and the side of one."""
     pixel = 2 / size
     axis = (torch.arange(size) + 0.5) * pixel - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    ground = _mix(scene.colours[:, 0], scene.colours[:, 1], _grounds(x, y, pixel)[scene.ground])
+    return x, y, pixel
 
+
+def _empty(scene: Scene, size: int) -> Tensor:
+    """The grounds alone, (b, 3, size, size)."""
+    x, y, pixel = _canvas(size)
+    return _mix(scene.colours[:, 0], scene.colours[:, 1], _grounds(x, y, pixel)[scene.ground])
+
+
+def _with_subjects(pictures: Tensor, scene: Scene, size: int) -> Tensor:
+    """Each picture with the subject of its scene in front."""
+    x, y, pixel = _canvas(size)
     distance, along = _subject_distance(scene, x, y)
     figure, inside = _figure(scene, distance, along, x, y, pixel)
     edge = scene.edge.view(-1, 1, 1)
     width = torch.where(edge == EDGES.index("soft"), SOFT, pixel)
-    image = _mix3(ground, figure, _coverage(inside, width))
-    ink = _coverage(distance.abs() - 0.035, pixel) * (edge == EDGES.index("inked"))
+    image = _mix3(pictures, figure, _coverage(inside, width))
+    ink = _coverage(distance.abs() - INK, pixel) * (edge == EDGES.index("inked"))
     return _mix3(image, torch.full_like(image, 0.06), ink)
 
 

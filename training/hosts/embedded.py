@@ -12,6 +12,7 @@ from ..embedded.grammar import grammar
 from ..embedded.renderer import SIZE
 from ..embedded.text import TextEncoder, encode_prompts
 from ..embedded.transformer import load_transformer
+from ..embedded.vocabulary import tokenize
 from ..embedded.weights import Weights
 from ..noise import PUBLISHED_TOKENS
 from .flux import FluxDenoiser
@@ -47,6 +48,7 @@ def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype:
         encode_images=encode_images,
         decode_latents=decode_latents,
         encode_prompts=encode,
+        token_ids=lambda prompt: [tokenize(prompt).indices],
         pixels_per_latent=8,
         pixels_per_token=16,
         resolution=SIZE,

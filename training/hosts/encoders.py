@@ -59,13 +59,19 @@ class Autoencoder:
 class PromptEncoder:
     """A host's way of reading prompts: a diffusers pipeline, which knows it, of nothing but text encoders.
 
-    ``encode`` asks one kind of pipeline.
+    ``encode`` asks one kind of pipeline; ``tokens`` says which of its tokenizers make the model's context, and how many
+    tokens each fills.
     """
 
     def __init__(
-        self, parts: Parts, denoiser: nn.Module, encode: Callable[[Any, list[str], str], Conditioning]
+        self,
+        parts: Parts,
+        denoiser: nn.Module,
+        encode: Callable[[Any, list[str], str], Conditioning],
+        tokens: Callable[[Any], dict[str, int]],
     ) -> None:
         self.device = parts.device
+        self._tokens = tokens
         self._encode = encode
         self._load = functools.cache(lambda: parts.load_text_pipeline(denoiser))
 
@@ -74,6 +80,16 @@ class PromptEncoder:
         """One row a prompt. The encoders are on the device only for as long."""
         with awake(self._encoders().values(), self.device):
             return self._encode(self._load(), prompts, self.device)
+
+    def token_ids(self, prompt: str) -> list[list[int]]:
+        """The tokens that the model attends to, with padding, by each encoder."""
+        pipeline = self._load()
+        return [
+            [0] * length
+            if (tokenizer := getattr(pipeline, name)) is None
+            else tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+            for name, length in self._tokens(pipeline).items()
+        ]
 
     def open(self) -> TextEncoders:
         """The CLIPs, to be trained. Other encoders answer each prompt once, and leave the device then."""

@@ -118,13 +118,14 @@ def open_flux(parts: Parts) -> Host:
     parts.require_channels(transformer.config.in_channels, 4 * autoencoder.channels)
     shifted = bool(parts.config("scheduler").get("use_dynamic_shifting"))
     denoiser = FluxDenoiser(transformer.to(parts.device))
-    text = PromptEncoder(parts, transformer, encode)
+    text = PromptEncoder(parts, transformer, encode, tokens)
     return Host(
         name=parts.name,
         denoiser=denoiser,
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
         encode_prompts=text.encode_prompts,
+        token_ids=text.token_ids,
         open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=2 * autoencoder.pixels_per_latent,
@@ -138,10 +139,14 @@ def open_flux(parts: Parts) -> Host:
 
 
 def encode(pipeline: Any, prompts: list[str], device: str) -> Conditioning:
-    # FLUX.1-schnell, which is not guidance-distilled, was trained on 256 tokens.
-    length = 512 if pipeline.transformer.config.guidance_embeds else 256
+    length = tokens(pipeline)["tokenizer_2"]
     context, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=length)
     return {"context": context, "pooled": pooled}
+
+
+def tokens(pipeline: Any) -> dict[str, int]:
+    """FLUX.1-schnell, which is not guidance-distilled, was trained on 256 tokens."""
+    return {"tokenizer_2": 512 if pipeline.transformer.config.guidance_embeds else 256}
 
 
 def guidance(scale: float, device: str) -> Conditioning:

@@ -44,5 +44,7 @@ class Host:
     # CLIPs that an adapter can be on, as they are opened, and those that are inside of the denoiser (see :mod:`.text`).
     open_text_encoders: Callable[[], TextEncoders] | None = None
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
+    # Tokens of a prompt, by each encoder whose text the model attends to, in order; None = not known.
+    token_ids: Callable[[str], list[list[int]]] | None = None
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled
     prompts: tuple[str, ...] = ()  # what it can be asked for, where that is known (see :mod:`..data.prompts`)

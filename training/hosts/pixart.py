@@ -4,6 +4,7 @@ The table reaches log_snr -10.1, where alpha is 0.006 and x0 = (x_t - sigma * ep
 eps by 157: predictions leave here in float32.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -126,12 +127,14 @@ def open_pixart(parts: Parts) -> Host:
     clock, prediction = discrete_clock(scheduler), prediction_of(scheduler)
     transformer = load_transformer(parts).to(parts.device)
     parts.require_channels(transformer.config.in_channels, autoencoder.channels)
+    text = PromptEncoder(parts, transformer, encode, tokens)
     return Host(
         name=parts.name,
         denoiser=PixArtDenoiser(transformer, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
-        encode_prompts=PromptEncoder(parts, transformer, encode).encode_prompts,
+        encode_prompts=text.encode_prompts,
+        token_ids=text.token_ids,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=transformer.config.patch_size * autoencoder.pixels_per_latent,
         resolution=transformer.config.sample_size * autoencoder.pixels_per_latent,
@@ -148,3 +151,7 @@ def encode(pipeline: Any, prompts: list[str], device: str) -> Conditioning:
     """Padded to what each of the two was trained on: 120 tokens for alpha, 300 for Sigma (the pipelines' defaults)."""
     context, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
     return {"context": context, "mask": mask}
+
+
+def tokens(pipeline: Any) -> dict[str, int]:
+    return {"tokenizer": inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default}

@@ -46,13 +46,14 @@ def open_sd3(parts: Parts) -> Host:
     transformer, autoencoder = parts.load("transformer", parts.dtype).to(parts.device), Autoencoder(parts)
     parts.require_channels(transformer.config.in_channels, autoencoder.channels)
     shift = parts.config("scheduler").get("shift", 1.0)
-    text = PromptEncoder(parts, transformer, encode)
+    text = PromptEncoder(parts, transformer, encode, tokens)
     return Host(
         name=parts.name,
         denoiser=SD3Denoiser(transformer),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
         encode_prompts=text.encode_prompts,
+        token_ids=text.token_ids,
         open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         pixels_per_token=transformer.config.patch_size * autoencoder.pixels_per_latent,
@@ -71,3 +72,9 @@ def encode(pipeline: Any, prompts: list[str], device: str) -> Conditioning:
         prompts, None, None, device=device, do_classifier_free_guidance=False
     )
     return {"context": context, "pooled": pooled}
+
+
+def tokens(pipeline: Any) -> dict[str, int]:
+    """Of the CLIPs, which have the same, and of T5, in the place of which there are as many zeros as of a CLIP."""
+    clip = pipeline.tokenizer_max_length
+    return {"tokenizer": clip, "tokenizer_3": 256 if pipeline.text_encoder_3 is not None else clip}

@@ -96,13 +96,14 @@ def open_unet(parts: Parts) -> Host:
     clock, prediction = discrete_clock(scheduler), prediction_of(scheduler)
     unet = parts.load("unet", parts.dtype).to(parts.device)
     parts.require_channels(unet.config.in_channels, autoencoder.channels)
-    text = PromptEncoder(parts, unet, ENCODE[parts.family])
+    text = PromptEncoder(parts, unet, ENCODE[parts.family], tokens)
     return Host(
         name=parts.name,
         denoiser=UNetDenoiser(parts.family, unet, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
         encode_prompts=text.encode_prompts,
+        token_ids=text.token_ids,
         open_text_encoders=text.open,
         pixels_per_latent=autoencoder.pixels_per_latent,
         # A UNet has no tokens. Counted like a transformer's, so that one resolution rule holds for all.
@@ -126,6 +127,11 @@ def encode_sd15(pipeline: Any, prompts: list[str], device: str) -> Conditioning:
 def encode_sdxl(pipeline: Any, prompts: list[str], device: str) -> Conditioning:
     context, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
     return {"context": context, "pooled": pooled}
+
+
+def tokens(pipeline: Any) -> dict[str, int]:
+    """SDXL's second CLIP has the same tokens as its first."""
+    return {"tokenizer": pipeline.tokenizer.model_max_length}
 
 
 ENCODE = {"sd15": encode_sd15, "sdxl": encode_sdxl}

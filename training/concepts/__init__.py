@@ -1,0 +1,1 @@
+"""FineStyle's concept-oriented data scaling: which part of a picture each phrase of its prompt is about."""
