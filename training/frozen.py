@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from torch.utils.checkpoint import checkpoint as recompute_later
 
+from .sharding import whole
+
 INPUT_GRADIENTS = {nn.Conv1d: conv1d_input, nn.Conv2d: conv2d_input, nn.Conv3d: conv3d_input}
 
 
@@ -63,8 +65,8 @@ class PlainWeights:
         return type(layer) in (nn.Linear, *INPUT_GRADIENTS)
 
     def dense(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Dense]:
-        bias = layer.get_parameter("bias") if layer.bias is not None else None
-        weight = layer.get_parameter("weight").detach()
+        bias = whole(layer.get_parameter("bias")) if layer.bias is not None else None
+        weight = whole(layer.get_parameter("weight")).detach()
         return nullcontext(Dense(weight.to(device, dtype), None if bias is None else bias.detach().to(device, dtype)))
 
     def device(self, layer: nn.Module) -> torch.device:

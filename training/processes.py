@@ -7,10 +7,10 @@ Words (objects, errors, who is done) go over gloo, which keeps no device waiting
 connections, which the others notice at their next word.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,22 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=1)  # for a process that is busy, for example with encoding pictures
 # What an error becomes in the other processes: the first kind that it is.
-KINDS = (KeyboardInterrupt, NonFiniteLoss, IncompatibleCheckpoint, TrainingError, ValueError, RuntimeError)
+KINDS = (
+    KeyboardInterrupt,
+    NonFiniteLoss,
+    IncompatibleCheckpoint,
+    TrainingError,
+    ValueError,
+    OSError,
+    MemoryError,
+    RuntimeError,
+)
 
 
 class Processes:
     """The processes of a run. All of them call the methods in the same order; with one alone they do nothing."""
 
-    def __init__(self, words: dist.ProcessGroup | None = None, *, sharded: bool = False) -> None:
+    def __init__(self, words: "dist.ProcessGroup | None" = None, *, sharded: bool = False) -> None:
         """``words``: a gloo group of all; None = this process alone. ``sharded``: each has a part of the model."""
         self._words = words
         self.rank = 0 if words is None else words.rank()
@@ -49,6 +58,29 @@ class Processes:
         with _reaching():
             dist.broadcast_object_list(values, src=0, group=self._words)
         return values[0]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives in the first process, in all of them. They raise what it raises."""
+        value: Any = None
+        with self.together():
+            if self.writes:
+                value = make()
+        return self.shared(value)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One process after the other. What one raises inside, all raise, after the last."""
+        error = None
+        for turn in range(self.count):
+            if turn == self.rank:
+                try:
+                    yield
+                except BaseException as raised:
+                    error = raised
+            self.gathered(None)
+        with self.together():
+            if error is not None:
+                raise error
 
     def gathered(self, value: T) -> list[T]:
         """The value of each process, in their order."""
@@ -115,7 +147,7 @@ class Processes:
 ALONE = Processes()
 
 
-def group_of_words() -> dist.ProcessGroup:
+def group_of_words() -> "dist.ProcessGroup":
     """For :class:`Processes`, among those that torch.distributed was begun with. All of them call it."""
     return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 

@@ -2,10 +2,13 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from ..processes import Processes
 
 if TYPE_CHECKING:
     from ..data.dataset import Dataset
@@ -17,10 +20,16 @@ if TYPE_CHECKING:
 
 
 def train_within_memory(
-    host: "Host", dataset: "Dataset", options: "TrainConfig", folder: Path, train: Callable[["Saving"], "TrainResult"]
+    host: "Host",
+    dataset: "Dataset",
+    options: "TrainConfig",
+    folder: Path,
+    train: Callable[["Saving"], "TrainResult"],
+    processes: Processes,
 ) -> "TrainResult":
     """Plans, and calls ``train`` with the plan's setting; where memory runs out, once more with the next cheaper one.
 
+    A model in parts is not planned for: to measure one, all processes would have to agree at every turn.
     DoesNotFit where nothing would do, and the options leave it to the plan. TrainingError where both ran out.
     """
     import torch
@@ -28,7 +37,13 @@ def train_within_memory(
     from ..loops.attempts import cheaper_plan, told, twice
     from ..loops.plan import DoesNotFit
     from ..loops.planner import Planner
+    from ..loops.saving import as_configured
+    from ..loops.share import share_of
 
+    if processes.sharded:
+        return train(as_configured(options))
+    share = share_of(options, processes)
+    options = replace(options, batch_size=share.batch_size, accumulation=len(share.passes))
     planner = Planner(
         host.denoiser,
         dataset,
@@ -38,19 +53,27 @@ def train_within_memory(
         conditioning=host.training_conditioning,
     )
     budget = budget_of(host)
-    plan, survey = planner.survey(budget)
+    with processes.together():
+        plan, survey = planner.survey(budget)
+
+    def say(text: str) -> None:
+        if processes.writes:
+            typer.echo(f"stylewright: {text}", err=True)
 
     def attempt(plan: "Plan") -> "TrainResult":
-        plan = planner.rehearse(plan, survey, budget)
-        plan.to_file(folder / "plan.json")
-        if not plan.fits and options.memory == "automatic":
-            raise DoesNotFit(f"{plan.sentence()}. (--memory 'as set' trains all the same.)")
-        typer.echo(f"stylewright: {plan.sentence()}", err=True)
+        with processes.together():
+            plan = planner.rehearse(plan, survey, budget)
+            if processes.writes:
+                plan.to_file(folder / "plan.json")
+            if not plan.fits and options.memory == "automatic":
+                raise DoesNotFit(f"{plan.sentence()}. (--memory 'as set' trains all the same.)")
+        say(plan.sentence())
         return train(plan.saving)
 
     def cheaper(failure: str) -> "Plan":
-        found = cheaper_plan(plan, host.denoiser.module, torch.device(host.device), failure)
-        typer.echo(f"stylewright: {told(plan, found, failure)}", err=True)
+        with processes.together():
+            found = cheaper_plan(plan, host.denoiser.module, torch.device(host.device), failure)
+        say(told(plan, found, failure))
         return found
 
     return twice(plan, attempt, cheaper, free_memory)

@@ -16,13 +16,15 @@ class Update(Protocol):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Update]:
+def progress_bar(*, shown: bool = True) -> Iterator[Update]:
     """A bar for each task, on stderr. Where that is no terminal, only how each task ended."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bars:
+    with Progress(
+        *columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), disable=not shown
+    ) as bars:
         tasks = {}
 
         def update(title: str, done: int, total: int, detail: str = "") -> None:
@@ -34,9 +36,9 @@ def progress_bar() -> Iterator[Update]:
 
 
 @contextmanager
-def patient_interrupt() -> Iterator[Callable[[], None]]:
+def patient_interrupt(*, speaks: bool = True) -> Iterator[Callable[[], None]]:
     """Inside, the first Ctrl-C only takes note; calling the result then raises KeyboardInterrupt. A second one does
-    not wait.
+    not wait. SIGTERM is the same: the launcher sends it where another process has died, clusters before they stop one.
     """
     asked = False
 
@@ -45,14 +47,16 @@ def patient_interrupt() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        typer.echo("\nstopping after this batch (Ctrl-C again: at once)", err=True)
+        if speaks:
+            typer.echo("\nstopping after this batch (Ctrl-C again: at once)", err=True)
 
     def check() -> None:
         if asked:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, take_note)
+    before = {each: signal.signal(each, take_note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..loops.config import AUTOMATIC_PRECISION, TrainConfig, precision_on
+from ..loops.share import require_alike
 from .flags import flags_of, merge, with_flags
 from .job import HELP as JOB_HELP
 from .job import Job, folder_of, keep, located, read_toml, recall, split
+from .launch import Launch, as_launched, launched
 from .output import Json, show
 from .planning import train_within_memory
 from .progress import Update, patient_interrupt, progress_bar
 
 if TYPE_CHECKING:
+    from ..data.dataset import Dataset
     from ..formats.starting import Start
     from ..hosts.host import Host
     from ..loops.events import Event
@@ -80,12 +83,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Learn the style of some pictures. Prints where the adapter is."""
-    table = merge(read_toml(config) if config else {}, given)
-    if table.get("precision") == AUTOMATIC_PRECISION:
-        table["precision"] = precision_on(device_of(table.get("device", Job.device)))
-    job, options = split(table)
-    job = located(job)
-    run(job, options, folder_of(job), as_json)
+    with launched() as launch:
+        table = as_launched(merge(read_toml(config) if config else {}, given))
+        require_alike(table, launch.processes)
+        if table.get("precision") == AUTOMATIC_PRECISION:
+            table["precision"] = precision_on(launch.device_of(table.get("device", Job.device)))
+        job, options = split(table)
+        job = located(job)
+        run(job, options, launch.processes.from_first(lambda: folder_of(job)), as_json, launch)
 
 
 def resume(
@@ -97,27 +102,33 @@ def resume(
     """Continue a run exactly where it stopped, or train it for longer."""
     from ..loops.checkpoint import read_config
 
-    job, options = recall(folder), read_config(folder)
-    options = options if steps is None else dataclasses.replace(options, steps=steps)
-    job = job if device is None else dataclasses.replace(job, device=device)
-    run(job, options, folder, as_json)
+    with launched() as launch:
+        job, options = launch.processes.from_first(lambda: (recall(folder), read_config(folder)))
+        options = options if steps is None else dataclasses.replace(options, steps=steps)
+        job = job if device is None else dataclasses.replace(job, device=device)
+        run(job, options, folder, as_json, launch)
 
 
-def run(job: Job, options: TrainConfig, folder: Path, as_json: bool) -> None:
+def run(job: Job, options: TrainConfig, folder: Path, as_json: bool, launch: Launch) -> None:
     """Trains in ``folder`` and says where the results are. Ctrl-C saves first and leaves with code 130."""
     from ..loops.checkpoint import require_writable
 
+    processes = launch.processes
     try:
-        with nothing_left_of_a_false_start(folder), progress_bar() as update:
-            require_writable(folder)
-            result = _train(job, options, folder, update)
+        with nothing_left_of_a_false_start(folder), progress_bar(shown=processes.writes) as update:
+            processes.from_first(lambda: require_writable(folder))
+            result = _train(job, options, folder, update, launch)
     except KeyboardInterrupt:
+        if not processes.writes:
+            raise
         saved = (folder / CHECKPOINT).exists()
         advice = (
             f"everything is saved, continue with: stylewright resume {folder}" if saved else "nothing was trained yet"
         )
         typer.echo(f"stylewright: interrupted; {advice}", err=True)
         raise typer.Exit(130) from None
+    if not processes.writes:
+        return
     last = result.history[-1] if result.history else None
     figures = {"steps": result.steps_done, "loss": last and last.loss, "seconds": last and last.seconds}
     lines = [
@@ -140,9 +151,10 @@ def nothing_left_of_a_false_start(folder: Path) -> Iterator[None]:
         raise
 
 
-def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "TrainResult":
+def _train(job: Job, options: TrainConfig, folder: Path, update: Update, launch: Launch) -> "TrainResult":
     import torch
 
+    from ..data.dataset import shared_dataset
     from ..data.encoding import encode
     from ..hosts.loading import load_host
     from ..hosts.text import with_text_encoders
@@ -150,36 +162,44 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
     from ..loops.train import train as train_adapter
     from .pictures import at_sizes, items_of, phrase_of
 
+    processes = launch.processes
     options = dataclasses.replace(options, style_phrase=phrase_of(job, options))
-    items = items_of(job, options)
-    dtype = getattr(torch, options.precision)
-    host = load_host(job.model, device_of(job.device), dtype, components=job.components)
-    if options.text_encoder_learning_rate:
-        host = with_text_encoders(host)
-    options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
-    for part in parts_of(host.denoiser, options, host.text_encoders):  # before pictures are encoded
-        part.layers(options.adapter)
-    start = start_at(job.init_adapter, host, options)
+    with processes.together():
+        items = items_of(job, options) if processes.writes else []
+    dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
+    with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
+        host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
+    with processes.together():
+        if options.text_encoder_learning_rate:
+            host = with_text_encoders(host)
+        options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
+        for part in parts_of(host.denoiser, options, host.text_encoders):  # before pictures are encoded
+            part.layers(options.adapter)
+        start = start_at(job.init_adapter, host, options)
     resolution = options.resolution or host.resolution
-    dataset = encode(
-        at_sizes(items, resolution, job.more_resolutions),
-        host,
-        resolution=resolution,
-        style_phrase=options.style_phrase,
-        caption_mode=job.caption_mode,
-        caption_dropout=options.caption_dropout,
-        prior_share=job.prior_share,
-        seed=options.seed,
-        cache_dir=folder / "cache",
-        progress=lambda done, total: update("reading", done, total),
-    )
-    keep(job, folder)
+
+    def encoded() -> "Dataset":
+        return encode(
+            at_sizes(items, resolution, job.more_resolutions),
+            host,
+            resolution=resolution,
+            style_phrase=options.style_phrase,
+            caption_mode=job.caption_mode,
+            caption_dropout=options.caption_dropout,
+            prior_share=job.prior_share,
+            seed=options.seed,
+            cache_dir=folder / "cache",
+            progress=lambda done, total: update("reading", done, total),
+        )
+
+    dataset = shared_dataset(encoded, processes)
+    processes.from_first(lambda: keep(job, folder))
 
     def report(event: "Event") -> None:
         update("training", event.step, event.steps, f"loss {event.loss:.4f}")
 
     def trains(saving: "Saving") -> "TrainResult":
-        with patient_interrupt() as check:
+        with patient_interrupt(speaks=processes.writes) as check:
             return train_adapter(
                 host.denoiser,
                 dataset,
@@ -196,9 +216,10 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update) -> "Tra
                 start=start,
                 saving=saving,
                 text_encoders=host.text_encoders,
+                processes=processes,
             )
 
-    return train_within_memory(host, dataset, options, folder, trains)
+    return train_within_memory(host, dataset, options, folder, trains, processes)
 
 
 def start_at(path: str | None, host: "Host", options: TrainConfig) -> "Start | None":

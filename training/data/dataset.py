@@ -4,7 +4,7 @@ Examples of one shape (of latent and of conditioning) form a group, and a batch 
 prompt is not padded to the length of another one: models without an attention mask would read the padding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Conditioning
+from ..processes import Processes
 from ..randomness import generator
 from .cache import digest, digest_named
 from .concepts import BASE, PRIOR_SHARE, STYLE, check_prior_share
@@ -79,7 +80,7 @@ class Dataset:
         _check(examples, null, caption_dropout, prior_share)
         self.examples = tuple(examples)
         self.null = null
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.prior_share = caption_dropout, prior_share
         self.shares = _shares(self.examples, prior_share)
         seats = [int(share * self.shares[False].denominator) for share in self.shares.values()]
         self._order = Order([_group(self.examples, prior) for prior in self.shares], seats)
@@ -157,6 +158,19 @@ class Dataset:
             height, width = example.latent.shape[1:]
             sizes[f"{width}x{height}"] = sizes.get(f"{width}x{height}", 0) + example.repeats
         return {"pictures": self.pictures, "epoch": len(self), "latent_sizes": sizes}
+
+
+def shared_dataset(make: Callable[[], Dataset], processes: Processes) -> Dataset:
+    """What ``make`` gives in the first process, in all of them. They raise what it raises."""
+    made: list[Dataset] = []
+    with processes.together():
+        if processes.writes:
+            made.append(make())
+    settings = processes.shared([(d.null, d.caption_dropout, d.prior_share, len(d.examples)) for d in made])
+    null, caption_dropout, prior_share, count = settings[0]
+    # One by one: in main memory the pictures are there once, and not also all of them on their way.
+    examples = [processes.shared([d.examples[place] for d in made])[0] for place in range(count)]
+    return made[0] if made else Dataset(examples, null, caption_dropout, prior_share)
 
 
 def _check(examples: Sequence[Example], null: Conditioning | None, caption_dropout: float, prior_share: float) -> None:

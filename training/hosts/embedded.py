@@ -17,15 +17,22 @@ from ..embedded.weights import Weights
 from ..noise import PUBLISHED_TOKENS
 from .flux import FluxDenoiser
 from .host import Host
-from .parts import reading
+from .parts import Placing, reading
 
 
-def load_embedded(weights: Weights | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Host:
+def load_embedded(
+    weights: Weights | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    place: Placing | None = None,
+) -> Host:
     """The embedded model; ``weights`` None = the shipped ones. ValueError where a file is missing or unreadable."""
     weights = weights or Weights()
     _require(weights.transformer, weights.autoencoder, weights.text_encoder)
     with reading(f"the weights in {weights.folder}"):
-        transformer = load_transformer(weights.transformer, dtype).to(device)
+        transformer = load_transformer(weights.transformer, dtype)
+        transformer = transformer.to(device) if place is None else place(transformer)
         autoencoder = load_autoencoder(weights.autoencoder).to(device)
         text_encoder = load_text_encoder(weights).to(device)
 

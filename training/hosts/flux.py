@@ -117,7 +117,7 @@ def open_flux(parts: Parts) -> Host:
     autoencoder, distilled = Autoencoder(parts), transformer.config.guidance_embeds
     parts.require_channels(transformer.config.in_channels, 4 * autoencoder.channels)
     shifted = bool(parts.config("scheduler").get("use_dynamic_shifting"))
-    denoiser = FluxDenoiser(transformer.to(parts.device))
+    denoiser = FluxDenoiser(parts.placed(transformer))
     text = PromptEncoder(parts, transformer, encode, tokens)
     return Host(
         name=parts.name,

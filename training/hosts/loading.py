@@ -1,6 +1,7 @@
 """Any model by name: the embedded one, a folder in diffusers' layout, or a single-file checkpoint."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from .embedded import load_embedded
 from .flux import open_flux
 from .host import Host
-from .parts import DENOISER_PREFIX, Parts, checkpoint_keys, read_json
+from .parts import DENOISER_PREFIX, Parts, Placing, checkpoint_keys, read_json
 from .pixart import open_pixart
 from .sd3 import open_sd3
 from .unet import open_unet
@@ -38,15 +39,16 @@ def load_host(
     dtype: torch.dtype = torch.float32,
     *,
     components: str | Path | None = None,  # for a single file: a diffusers folder with what the file lacks
+    place: Placing | None = None,  # brings the denoiser to where it computes; None = whole onto the device
 ) -> Host:
     """Opens "embedded", a diffusers folder, or a single file. Nothing is ever downloaded.
 
     Raises ValueError where the model is of no supported family or a part of it is not on disk.
     """
     if str(model) == "embedded":
-        return load_embedded(device=device, dtype=dtype)
+        return load_embedded(device=device, dtype=dtype, place=place)
     folder = Path(components).expanduser() if components else None
-    parts = find_parts(Path(model).expanduser(), folder, device, dtype)
+    parts = replace(find_parts(Path(model).expanduser(), folder, device, dtype), place=place)
     if missing := parts.missing():
         advice = "--components names the folder" if parts.checkpoint else "nothing is downloaded"
         raise ValueError(f"{parts.name} lacks {'; '.join(missing)}. Put the files there ({advice}) and try again")

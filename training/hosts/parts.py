@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -39,6 +39,9 @@ TEXT_PREFIXES = {  # where single files keep text encoders, if they hold any
 }
 
 
+Placing = Callable[[Any], Any]  # a network, as it computes
+
+
 @dataclass(frozen=True)
 class Parts:
     """Where the parts of one model are, and how they are to be loaded."""
@@ -48,6 +51,7 @@ class Parts:
     checkpoint: Path | None  # a single file with the denoiser, and maybe the autoencoder and text encoders
     device: str
     dtype: torch.dtype  # of the denoiser and the text encoders; the autoencoder runs in float32
+    place: Placing | None = None  # brings the denoiser to where it computes; None = whole onto the device
 
     @property
     def name(self) -> str:
@@ -81,6 +85,13 @@ class Parts:
                 model, info = model_class.from_pretrained(self.folder, **options)
                 require_all(info["missing_keys"])
         return model.requires_grad_(False).eval()
+
+    def load_denoiser(self, part: str) -> Any:
+        """The denoiser, where it computes."""
+        return self.placed(self.load(part, self.dtype))
+
+    def placed(self, denoiser: Any) -> Any:
+        return denoiser.to(self.device) if self.place is None else self.place(denoiser)
 
     def load_text_pipeline(self, denoiser: nn.Module) -> Any:
         """The diffusers pipeline with tokenizers and text encoders only; it knows how this model reads prompts."""

@@ -125,7 +125,7 @@ def open_pixart(parts: Parts) -> Host:
     """A PixArt on disk."""
     scheduler, autoencoder = parts.config("scheduler"), Autoencoder(parts)
     clock, prediction = discrete_clock(scheduler), prediction_of(scheduler)
-    transformer = load_transformer(parts).to(parts.device)
+    transformer = parts.placed(load_transformer(parts))
     parts.require_channels(transformer.config.in_channels, autoencoder.channels)
     text = PromptEncoder(parts, transformer, encode, tokens)
     return Host(

@@ -43,7 +43,7 @@ class SD3Denoiser:
 
 def open_sd3(parts: Parts) -> Host:
     """A Stable Diffusion 3 or 3.5 on disk."""
-    transformer, autoencoder = parts.load("transformer", parts.dtype).to(parts.device), Autoencoder(parts)
+    transformer, autoencoder = parts.load_denoiser("transformer"), Autoencoder(parts)
     parts.require_channels(transformer.config.in_channels, autoencoder.channels)
     shift = parts.config("scheduler").get("shift", 1.0)
     text = PromptEncoder(parts, transformer, encode, tokens)

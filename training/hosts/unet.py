@@ -94,7 +94,7 @@ def open_unet(parts: Parts) -> Host:
     """A Stable Diffusion 1.5, 2.x or XL on disk."""
     scheduler, autoencoder = scheduler_of(parts), Autoencoder(parts)
     clock, prediction = discrete_clock(scheduler), prediction_of(scheduler)
-    unet = parts.load("unet", parts.dtype).to(parts.device)
+    unet = parts.load_denoiser("unet")
     parts.require_channels(unet.config.in_channels, autoencoder.channels)
     text = PromptEncoder(parts, unet, ENCODE[parts.family], tokens)
     return Host(

@@ -49,9 +49,7 @@ class Recorder:
         self._subject, self._device = subject, device
         self._processes, self._count = processes, processes.count
         self._saved: int | None = None  # step of the checkpoint on disk
-        with processes.together():
-            state = run.load(config, subject.identity) if run else None
-        state = processes.shared(state)
+        state = processes.from_first(lambda: run.load(config, subject.identity) if run else None)
         if state:
             _load(learner, state)
             self._saved = learner.step
@@ -103,7 +101,9 @@ class Recorder:
                 report(event)
 
     def _draw(self, sample: Callable[[int], Tensor | None]) -> Tensor | None:
-        with self._processes.passing():  # all of them: a model in parts needs them all, and they would only wait
+        with self._processes.passing():
+            if not (self._processes.writes or self._processes.sharded):
+                return None  # whole models draw in one process
             with self._learner.evaluated():
                 images = sample(self._learner.step)
             if self._run and images is not None:
