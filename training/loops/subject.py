@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attach import Adapter, Part
+from ..adapters.methods import READS_WEIGHTS
 from ..adapters.stand_in import base_weight
 from ..adapters.targets import TEXT_TARGETS
 from ..data.dataset import Dataset
@@ -16,6 +17,7 @@ from ..densities import Density
 from ..formats.metadata import AdapterMetadata
 from ..formats.starting import Start
 from ..formats.styles import Weights
+from ..processes import Processes
 from .config import TrainConfig, config_to_table
 
 
@@ -77,6 +79,22 @@ def subject_of(
         about=about,
         weights=weights,
     )
+
+
+def with_weights_at_hand(subject: Subject, adapter: Adapter, processes: Processes) -> Subject:
+    """The subject of a model in parts, which the files of some methods need the frozen weights of.
+
+    They are put together once, in the main memory of the process that writes: files can be written without the others.
+    """
+    if not processes.sharded or adapter.config.method not in READS_WEIGHTS:
+        return subject
+    kept = {}
+    for name in adapter.names:
+        stored = next(adapter.layer(name).get_base_layer().parameters())
+        weight = subject.weights(name)
+        if processes.writes:
+            kept[name] = weight.to("cpu", stored.dtype)
+    return replace(subject, weights=kept.__getitem__)
 
 
 def identity_of(denoiser: Denoiser, dataset: Dataset) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from .passes import Noised, learn_from
 from .recorder import Recorder
 from .saving import Saving, as_configured
 from .share import require_alike, share_of
-from .subject import parts_of, subject_of
+from .subject import parts_of, subject_of, with_weights_at_hand
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ def train(
             start=start,
         )
         require_alike(subject.identity, processes)
+        subject = with_weights_at_hand(subject, adapter, processes)
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
         stack.enter_context(recorder.saving_on_exceptions())
         recorder.catch_up(sample)

@@ -7,18 +7,22 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset
 from stylewright.training.formats.state import save_state
 from stylewright.training.loops import train as loop
 from stylewright.training.processes import Processes, group_of_words
+from stylewright.training.sharding import sharded
 
 METHODS = ("lora", "rslora", "dora", "lokr", "loha", "oft")
 STEPS = {"dealt out": (2, 4), "cut": (4, 1), "both": (3, 2)}  # batch_size, accumulation
@@ -58,11 +62,19 @@ def recorded():
         loop.clip_grad_norm_ = clip
 
 
-def gradients(processes, method, name):
+def gradients(processes, method, name, on=None, folder=None, **changes):
     """Of two steps: in the first one many of an adapter's gradients are zero."""
+    config = options(name, method, steps=2, **changes)
     with recorded() as steps:
-        loop.train(TOYS.ToyDenoiser(), data(), options(name, method, steps=2), run_dir=None, processes=processes)
+        loop.train(on or TOYS.ToyDenoiser(), data(), config, run_dir=folder, processes=processes)
     return steps
+
+
+def in_parts():
+    """The network, of which each process has its part."""
+    denoiser = TOYS.ToyDenoiser()
+    denoiser.module = sharded(denoiser.module, init_device_mesh("cpu", (2,)))
+    return denoiser
 
 
 def data(masked=True):
@@ -130,6 +142,12 @@ def everything(processes, folder):
     told["data"] = refused(train, processes, data(masked=rank == 0))
     told["uneven"] = refused(train, processes, data(), batch_size=3, accumulation=1)
     told["of one"] = refused(run, processes, folder / "of one")
+    parts = Processes(group_of_words(), sharded=True)
+    for method, again in product(METHODS, (False, True)):
+        where = folder / f"parts-{method}-{again}"
+        denoiser = in_parts()
+        state[where.name] = gradients(parts, method, "both", denoiser, where, gradient_checkpointing=again)
+        told[where.name] = sum(each.to_local().numel() for each in denoiser.module.parameters())
     told["words"] = [processes.shared(rank), processes.gathered(rank)]
     save_state(folder / f"state-{rank}.safetensors", state)
 
@@ -144,6 +162,7 @@ def train(processes, examples, **changes):
 
 def main(rank, port, folder):
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     everything(Processes(group_of_words()), Path(folder))

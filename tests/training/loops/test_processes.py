@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import stylewright
 from stylewright.training.formats.state import load_state
@@ -75,6 +76,23 @@ def test_the_gradient_is_that_of_one_process(work, states, method, name):
         assert torch.equal(first, second)
         assert (first - one).norm() <= 1e-5 * one.norm()
         assert one.norm() > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "lokr", "loha", "oft"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_in_parts_has_the_same_gradient(work, states, told, two, tmp_path, method, again):
+    """Recomputed or not; and the same file comes out, where some methods need the frozen weights for it."""
+    name = f"parts-{method}-{again}"
+    folder = tmp_path / "alone"
+    alone = work.gradients(ALONE, method, "both", folder=folder, gradient_checkpointing=again)
+    for one, first, second in zip(alone, *(state[name] for state in states), strict=True):
+        assert torch.equal(first, second)
+        assert (first - one).norm() <= 1e-5 * one.norm()
+    assert told[name] <= 0.6 * sum(each.numel() for each in work.TOYS.ToyDenoiser().module.parameters())
+    files = [load_file(each / "adapter.safetensors") for each in (two / name, folder)]
+    assert files[0].keys() == files[1].keys()
+    for key, tensor in files[1].items():
+        torch.testing.assert_close(files[0][key], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_of_two_learns_what_one_learns(work, states, told, two, tmp_path):
