@@ -105,7 +105,7 @@ def test_several_negatives_are_averaged_by_their_strengths(family, method, tiny,
 
 
 @pytest.mark.parametrize("family", ["sd15", "pixart", "wan21"])
-def test_windows_and_ranges(family, tiny, tiny_prompt):
+def test_windows_and_ranges(family, tiny, tiny_prompt, caplog):
     """A range of steps of a negative, and a window of log_snr, that the second of two steps is out of."""
     from stylewright.nodes.bridge.noise_levels import noise_levels
     from stylewright.training.windows import Window
@@ -123,7 +123,9 @@ def test_windows_and_ranges(family, tiny, tiny_prompt):
     pictures = [base, whole, only_late, found]
     assert all(not torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
     nowhere = apply(model, negative, guidance("nag"), Window(low=90.0))
+    caplog.clear()
     assert torch.equal(draw(nowhere, family, positive), base)
+    assert "the negative prompt acted in none of the steps" in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)

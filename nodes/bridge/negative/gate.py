@@ -4,6 +4,7 @@ A gate wraps every call (APPLY_MODEL) of one clone. What it knows of a call trav
 call, and what it knows of a run of a sampler (OUTER_SAMPLE) ends with the run, however it ends. Modules hold nothing.
 """
 
+import logging
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,8 @@ from ..noise_levels import levels_of
 from ..pairs import SIDE, twin
 from .conds import Encoded, Negatives, weighted
 from .reach import Layer, LayerForward, hidden, replaced
+
+logger = logging.getLogger(__name__)
 
 KEY = "stylewright.negative"
 MARK = "stylewright.negative.texts"  # of transformer options: that negative texts are in a model that takes one node's
@@ -127,6 +130,11 @@ class Gate:
             answer = executor(*args, **kwargs)
             if self._sampling.called and not self._sampling.acted:
                 raise hidden([layer.path for layer in self._reached])
+            if not self._sampling.called:
+                logger.warning(
+                    "the negative prompt acted in none of the steps: look at its window of noise levels, and at ranges "
+                    "of steps that it brought along"
+                )
             return answer
         finally:
             self._sampling = before
