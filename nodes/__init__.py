@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .bridge.board import serve_runs
 from .bridge.outlines import serve_outlines
 from .combine import CombineDatasetsNode
+from .concept_crops import ConceptCrops
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
@@ -22,6 +23,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     ReferenceNode,
     StyleDatasetNode,
     CombineDatasetsNode,
+    ConceptCrops,
     StyleDensityNode,
     StyleFriendlySNRTrainer,
     StyleLoRALoader,

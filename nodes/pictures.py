@@ -35,6 +35,13 @@ def linked_items(
     return items_from_memory(pictures, captions, white, repeats=repeats, concept=concept)
 
 
+def one_picture(batch: Tensor) -> Tensor:
+    """The only picture (3, h, w) of a batch (1, h, w, c). ValueError for several."""
+    if len(pictures := _pictures(batch)) != 1:
+        raise ValueError(f"there are {len(pictures)} pictures: link one, such as by Image From Batch")
+    return _opaque(pictures[0])
+
+
 def _pictures(batch: Tensor) -> Tensor:
     if batch.ndim != 4 or batch.shape[-1] not in (1, 2, 3, 4):
         raise ValueError(f"images of shape {tuple(batch.shape)} are no pictures: expected (batch, height, width, 3)")

@@ -92,6 +92,11 @@ def around(x: float, y: float, wide: float, tall: float, height: int, width: int
     return Box(left, top, left + columns, top + rows)
 
 
+def cut(picture: Tensor, box: Box) -> Tensor:
+    """The part of a picture (…, h, w) that is in the box."""
+    return picture[..., box.top : box.bottom, box.left : box.right]
+
+
 def overlap(one: Box, other: Box) -> float:
     """Intersection over union, in [0, 1]."""
     wide = min(one.right, other.right) - max(one.left, other.left)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.concepts import Concept
 from ..data.items import Item
 from ..randomness import generator
-from .boxes import Box, jittered
+from .boxes import Box, cut, jittered
 from .phrases import Phrases, sub_prompts
 
 FULL_SHARE = 0.4  # of the sights that are of the whole picture
@@ -52,7 +52,7 @@ class Crop:
 
     def of(self, picture: Tensor) -> Tensor:
         """Its part of (…, h, w)."""
-        return picture[..., self.box.top : self.box.bottom, self.box.left : self.box.right]
+        return cut(picture, self.box)
 
 
 def crops_of(boxes: Mapping[str, Box], height: int, width: int, options: CropOptions, seed: int) -> list[Crop]:

@@ -63,7 +63,7 @@ def attention_maps(
     layout = Layout(sum(map(len, texts(prompt))), *latents.shape[-2:], text_first=watch.text_first)
     recorder, process = Recorder(layout, places), host.denoiser.process
     looks = [(level, noise) for level in search.levels or LEVELS[process] for noise in range(search.noises)]
-    with watch.open(recorder):
+    with watch.open(recorder), torch.no_grad():
         for done, (level, number) in enumerate(looks, start=1):
             log_snr = torch.tensor([level], device=host.device)
             eps = gaussian(tuple(latents.shape), generator(search.seed, "look", level, number)).to(host.device)
