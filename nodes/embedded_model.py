@@ -15,7 +15,15 @@ class EmbeddedModelNode(io.ComfyNode):
                 "draws simple subjects in named styles at 128x128, and everything that works on it works on FLUX.1-dev."
             ),
             search_aliases=["tiny flux", "demo model", "small model", "load checkpoint", "stylewright"],
-            inputs=[],
+            inputs=[
+                io.Boolean.Input(
+                    "one_step",
+                    default=False,
+                    optional=True,
+                    tooltip="Put the student on it that was distilled from it: with a One-Step Sampler it draws in one "
+                    "step, without CFG.",
+                ),
+            ],
             outputs=[
                 io.Model.Output("model", tooltip="A FLUX of a few million parameters. Sample it at CFG 3."),
                 io.Clip.Output(
@@ -27,8 +35,8 @@ class EmbeddedModelNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, one_step: bool = False) -> io.NodeOutput:
         from .bridge.embedded import load_embedded  # its parts: not at start-up
 
-        embedded = load_embedded()
+        embedded = load_embedded(one_step=one_step)
         return io.NodeOutput(embedded.model, embedded.clip, embedded.vae)

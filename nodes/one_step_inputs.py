@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..training.one_step_presets import ONE_STEP_PRESETS
 from .bridge.one_step_levels import UNITS
-from .bridge.one_step_plan import BETWEEN, CUSTOM, OF_PRESET, STARTS
+from .bridge.one_step_plan import BETWEEN, CUSTOM, OF_PRESET, OF_STUDENT, STARTS
 
 
 def level_widgets() -> list[io.Input]:
@@ -12,10 +12,11 @@ def level_widgets() -> list[io.Input]:
     return [
         io.Combo.Input(
             "preset",
-            options=[*ONE_STEP_PRESETS, CUSTOM],
+            options=[*ONE_STEP_PRESETS, CUSTOM, OF_STUDENT],
             default=next(iter(ONE_STEP_PRESETS)),
             tooltip="Which distilled model this is. One of another family is refused. With custom: the levels below, "
-            "or the model's own schedule where there are none.",
+            "or the model's own schedule where there are none. As the student's file says: of a student that Load "
+            "Style LoRA or Embedded Model has put on the model.",
         ),
         io.Int.Input("steps", default=0, min=0, max=100, tooltip="0 = the preset's usual number."),
         io.Float.Input(

@@ -148,6 +148,9 @@ ONE_STEP_PRESETS = {
         ("flux",), "flow", shifted(1.0), (4, 1, 2, 3), 1024, IMPLIED,
         source="black-forest-labs/flux, sampling.py: get_schedule without a shift",
     ),
+    "Stylewright's embedded student": OneStepPreset(
+        ("flux",), "flow", only(1.0), (1,), 128, source="training/embedded/weights/STUDENT.md"
+    ),
     "SD3.5-Turbo": OneStepPreset(
         ("sd3",), "flow", shifted(3.0), (4, 1, 2, 3, 5, 6, 7, 8), 1024, IMPLIED,
         source="arXiv 2403.12015; stabilityai/stable-diffusion-3.5-large-turbo: 4 steps, shift 3",

@@ -27,6 +27,7 @@ from .files import adapter_path
 from .fitting import Fitted, fit, missized, place_of, spellings
 from .frozen_layers import ComfyWeights
 from .hooked import hook, placed_layers
+from .students import mark
 from .text_encoders import has_clip, trainable_text_encoders
 from .windowed import act_within
 
@@ -150,6 +151,7 @@ def apply_adapter(
     adapted = {layer_of(name) for name in placed}
     idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
     left_out = 0 if clip is not None else sum(name.startswith(TEXT_ENCODER) for name in lora.file.layers)
+    mark(model, lora.file.about)
     return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle), left_out)
 
 

@@ -1,5 +1,6 @@
 """The embedded model as ComfyUI's own MODEL, CLIP and VAE, opened by ComfyUI's own loaders."""
 
+import logging
 from dataclasses import dataclass, field
 
 import comfy.model_patcher
@@ -12,7 +13,10 @@ from ...training.embedded.text import TextEncoder
 from ...training.embedded.vocabulary import PAD, SLOTS, WORDS, explain_unknown, tokenize
 from ...training.embedded.weights import Weights
 from ...training.noise import PUBLISHED_TOKENS
+from .adapters import Strengths, apply_adapter, read_tensors
 from .families import REFERENCE_TOKENS
+
+logger = logging.getLogger(__name__)
 
 KEY = "stylewright"  # under which our tokens travel from the tokenizer to the text encoder
 Tokens = dict[str, list[list[tuple[int, float]]]]
@@ -27,10 +31,13 @@ class EmbeddedModel:
     vae: comfy.sd.VAE
 
 
-def load_embedded(weights: Weights | None = None) -> EmbeddedModel:
-    """The shipped weights, or others of the same shapes. FileNotFoundError names a file that is missing."""
+def load_embedded(weights: Weights | None = None, *, one_step: bool = False) -> EmbeddedModel:
+    """The shipped weights, or others of the same shapes; with ``one_step`` the student is on the model.
+
+    FileNotFoundError names a file that is missing.
+    """
     weights = weights or Weights()
-    for path in (weights.transformer, weights.text_encoder, weights.autoencoder):
+    for path in (weights.transformer, weights.text_encoder, weights.autoencoder, *([weights.student] * one_step)):
         if not path.is_file():
             raise FileNotFoundError(
                 f"the embedded model is incomplete: {path} is missing. Install the pack again, or rebuild the "
@@ -38,6 +45,8 @@ def load_embedded(weights: Weights | None = None) -> EmbeddedModel:
             )
     model = comfy.sd.load_diffusion_model(str(weights.transformer))
     model.set_attachments(REFERENCE_TOKENS, PUBLISHED_TOKENS)
+    if one_step:
+        model = apply_adapter(model, None, read_tensors(weights.student), Strengths(), warn=logger.warning).model
     return EmbeddedModel(
         model=model,
         clip=load_text_encoder(weights),

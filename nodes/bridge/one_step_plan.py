@@ -14,8 +14,10 @@ from .families import family_of, is_guidance_distilled, model_name
 from .noise_levels import NoiseLevels
 from .one_step import OneStep, empty_latent
 from .one_step_levels import describe, levels_to_draw, partly, schedule, sigma_of
+from .students import preset_of
 
 CUSTOM = "custom"
+OF_STUDENT = "as the student's file says"
 OF_PRESET = "as the preset says"
 BETWEEN = {"fresh noise": FRESH, "ancestral noise": ANCESTRAL, "implied noise": IMPLIED}
 AGAIN = {FRESH: "freshly", ANCESTRAL: "in part freshly", IMPLIED: "with the noise it implies"}
@@ -56,7 +58,7 @@ def plan(model: comfy.model_patcher.ModelPatcher, wishes: Wishes) -> Plan:
     """ValueError for a preset of another model, and for levels that the model does not have."""
     sampling = model.get_model_object("model_sampling")
     levels = levels_to_draw(sampling)
-    preset = None if wishes.preset == CUSTOM else ONE_STEP_PRESETS[wishes.preset]
+    preset = preset_of(model) if wishes.preset == OF_STUDENT else ONE_STEP_PRESETS.get(wishes.preset)
     if preset:
         check_preset(model, levels, wishes.preset, preset)
     sigmas = partly(sampling, stated_sigmas(sampling, levels, preset, wishes), wishes.denoise)

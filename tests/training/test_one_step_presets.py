@@ -35,7 +35,7 @@ def test_flows_are_those_of_diffusers():
 def test_every_preset_is_complete():
     assert len(ONE_STEP_PRESETS) > 10
     for name, preset in ONE_STEP_PRESETS.items():
-        assert preset.families and preset.source and preset.side in (512, 1024), name
+        assert preset.families and preset.source and preset.side in (128, 512, 1024), name
         assert len(set(preset.steps)) == len(preset.steps), name
         last = 1.0 if preset.unit == "sigma" else 999
         for steps in preset.steps:

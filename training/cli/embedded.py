@@ -42,3 +42,19 @@ def card(
     write_card(weights, seed=seed, n=pictures)
     path = weights.folder / "README.md"
     show({"card": str(path)}, [path.read_text(encoding="utf-8"), f"Written to {path}"], as_json)
+
+
+@app.command()
+def student_card(
+    student: Annotated[Path | None, typer.Option(help="Its file; default: the shipped one.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder with the weights; default: the shipped ones.")] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures of the student for each kind of prompt.")] = 500,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure the one-step student beside its teacher with the oracle and write its card."""
+    from ..embedded.weights import FOLDER, Weights
+    from .student_card import write_student_card
+
+    path = write_student_card(Weights(folder or FOLDER), student=student, n=pictures, seed=seed)
+    show({"card": str(path)}, [path.read_text(encoding="utf-8"), f"Written to {path}"], as_json)

@@ -13,6 +13,7 @@ from .output import Json, show
 if TYPE_CHECKING:
     from ..formats.adapters import AdapterReport
 
+DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_VALUE = 100  # characters of a metadata entry that are shown
 
 
@@ -49,9 +50,12 @@ def convert(
         str | None, typer.Option(help="The base model; DoRA and OFT need its weights in some styles.")
     ] = None,
     components: Annotated[Path | None, typer.Option(help="See `stylewright train`.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. (default: as it is)")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter with the key names of another tool; every tensor is carried over."""
+    import torch
+
     from ..formats.adapters import convert_adapter
 
     weights = None
@@ -59,5 +63,8 @@ def convert(
         from ..hosts.loading import load_host
 
         weights = weights_of(load_host(model, components=components))
-    convert_adapter(source, target, style, family=family, weights=weights)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"Got --dtype {dtype}: expected one of {', '.join(DTYPES)}.")
+    kind = None if dtype is None else getattr(torch, dtype)
+    convert_adapter(source, target, style, family=family, weights=weights, dtype=kind)
     show({"file": target, "style": style}, [f"wrote {target} in {style} style"], as_json)

@@ -53,19 +53,36 @@ PROMPT_SETS = {
 
 
 def judge(
-    host: Host, oracle: Oracle, prompts: list[Prompt], *, seed: int, guidance_scale: float, steps: int = 20
+    host: Host,
+    oracle: Oracle,
+    prompts: list[Prompt],
+    *,
+    seed: int,
+    guidance_scale: float = 1.0,
+    steps: int = 20,
+    one_step: Tensor | None = None,  # log_snr (1,) at which a student is called instead
 ) -> Scores:
     """Draws every prompt once and scores the pictures."""
-    pictures = draw(host, [prompt.text for prompt in prompts], seed=seed, guidance_scale=guidance_scale, steps=steps)
+    drawing = {"guidance_scale": guidance_scale, "steps": steps, "one_step": one_step}
+    pictures = draw(host, [prompt.text for prompt in prompts], seed=seed, **drawing)
     subjects = torch.tensor([prompt.subject for prompt in prompts])
     return score(oracle, pictures, subjects, [prompt.style for prompt in prompts])
 
 
-def draw(host: Host, prompts: list[str], *, seed: int, guidance_scale: float, steps: int, batch: int = 50) -> Tensor:
+def draw(
+    host: Host,
+    prompts: list[str],
+    *,
+    seed: int,
+    guidance_scale: float = 1.0,
+    steps: int = 20,
+    one_step: Tensor | None = None,
+    batch: int = 50,
+) -> Tensor:
     """Pictures (n, 3, 128, 128) in [0, 1], drawn in batches whose size changes nothing."""
+    drawing = {"guidance_scale": guidance_scale, "steps": steps, "one_step": one_step}
     parts = [
-        generate(host, prompts[i : i + batch], seed=seed, first=i, guidance_scale=guidance_scale, steps=steps)
-        for i in range(0, len(prompts), batch)
+        generate(host, prompts[i : i + batch], seed=seed, first=i, **drawing) for i in range(0, len(prompts), batch)
     ]
     return torch.cat(parts)
 

@@ -25,5 +25,10 @@ class Weights:
         return self.folder / "autoencoder.safetensors"
 
     @property
+    def student(self) -> Path:
+        """An adapter of the transformer, with which it draws in one step."""
+        return self.folder / "student.safetensors"
+
+    @property
     def oracle(self) -> Path:
         return self.folder / "oracle.safetensors"
