@@ -10,6 +10,7 @@ from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
 from .embedded_model import EmbeddedModelNode
 from .guider import StyleGuider
+from .lora_approximate import StyleInjectToLoRA
 from .lora_loader import StyleLoRALoader
 from .lora_resize import StyleLoRAResize
 from .negative import NASANegativeAttention
@@ -28,6 +29,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     StyleFriendlySNRTrainer,
     StyleLoRALoader,
     StyleLoRAResize,
+    StyleInjectToLoRA,
     OneStepSampler,
     OneStepSamplerParts,
     PromptSwitchByLogSNR,

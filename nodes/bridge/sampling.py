@@ -138,8 +138,15 @@ def draw_latent(
     """
     side = vae.spacial_compression_encode()
     channels = model.model.latent_format.latent_channels
+    empty = torch.zeros(1, channels, brush.height // side, brush.width // side)
+    return draw_from(model, empty, positive, negative, brush)
+
+
+def draw_from(
+    model: comfy.model_patcher.ModelPatcher, empty: Tensor, positive: list, negative: list, brush: Brush
+) -> Tensor:
+    """The same on an empty LATENT (b, c, …) that is given."""
     with _sampling(model) as ready:
-        empty = torch.zeros(1, channels, brush.height // side, brush.width // side)
         empty = comfy.sample.fix_empty_latent_channels(ready, empty)
         return comfy.sample.sample(
             ready,

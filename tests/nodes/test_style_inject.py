@@ -27,24 +27,26 @@ def config(family="flux", targets=None, **options):
 
 
 @contextmanager
-def trained(model, settings, family, seed=0):
+def trained(model, settings, family, seed=0, size=1.0):
     """The adapter on the model as training has it, of random numbers."""
     from stylewright.training.adapters.attach import attached
 
     with attached(model.model.diffusion_model, settings, family=family, seed=seed) as adapter:
         state = adapter.state_dict()
-        adapter.load_state_dict({n: t + random(*t.shape, seed=seed + i) for i, (n, t) in enumerate(state.items())})
+        adapter.load_state_dict(
+            {n: t + size * random(*t.shape, seed=seed + i) for i, (n, t) in enumerate(state.items())}
+        )
         yield adapter
 
 
-def stored(model, settings, family, path, seed=0):
+def stored(model, settings, family, path, seed=0, size=1.0):
     """The file of such an adapter, opened."""
     from stylewright.nodes.bridge.adapters import read_tensors
     from stylewright.nodes.bridge.families import unet_layers
     from stylewright.training.formats.adapters import save_adapter
     from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
 
-    with trained(model, settings, family, seed) as adapter:
+    with trained(model, settings, family, seed, size) as adapter:
         about = AdapterMetadata(
             family, settings.method, settings.rank, settings.alpha, options=settings.options,
             unet_layers=unet_layers(model),
@@ -262,3 +264,27 @@ def test_training_on_top_of_it_is_refused(tiny, tmp_path):
     lora = stored(model, config("flux"), "flux", tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="by the input of its layers"):
         refuse_windowed(apply(model, lora))
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_a_lora_in_its_place_loads_everywhere_and_says_what_is_lost(family, tiny, tiny_prompt, tmp_path):
+    import comfy.sd
+
+    from stylewright.nodes.bridge.approximating import Scene, approximated
+    from stylewright.nodes.bridge.sampling import Brush
+
+    model, draw, settings = tiny(family), Draw(family, tiny_prompt), config(family, injection="lora")
+    lora = stored(model, settings, family, tmp_path / "a.safetensors", size=0.25)
+    base = draw(model)
+    with torch.inference_mode():
+        scene = Scene(draw.positive, draw.negative, {"samples": torch.zeros(draw.shape)})
+        made, summary = approximated(model, lora, scene, Brush(steps=3, cfg=2.0), rank=16)
+    assert made.file.about.method == "lora" and "stylewright.mergeable" not in made.file.header
+    assert made.file.header["stylewright.approximates"] == f"styleinject: {summary}"
+    stock = comfy.sd.load_lora_for_models(model, None, dict(made), 1.0, 0.0)[0]
+    assert len(stock.patches) == len(lora.file.layers)
+    exact, near = draw(apply(model, lora)), draw(stock)
+    assert (near - exact).norm() < 0.8 * (base - exact).norm()
+    assert torch.equal(draw(model), base)
+    with pytest.raises(ValueError, match="is a change of weights already"):
+        approximated(model, made, scene, Brush(steps=1), rank=4)

@@ -51,6 +51,7 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         self.injection: dict[str, str] = {}
         self.styleinject_dropout = nn.ModuleDict()
         self.watch: Callable[[Tensor], None] | None = None  # gets the routing (b, n) of every call that learns
+        self.observe: Callable[[Tensor, Tensor], None] | None = None  # gets the input, and what is added to the output
         self._reads_text, self._family = reads_text(name), config.family
         self.update_layer(adapter_name, config)
 
@@ -95,6 +96,8 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
             if self.watch is not None and torch.is_grad_enabled():
                 self.watch(shares)
             total = total + self.scaling[name] * added
+        if self.observe is not None:
+            self.observe(x, total - result)
         return total.to(result.dtype)
 
     def _factors(self, name: str) -> Factors:

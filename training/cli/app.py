@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from ..errors import TrainingError
+from .approximate import approximate
 from .demo import demo
 from .density import density
 from .distill import distill
@@ -47,7 +48,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, distill, generate, density, inspect, convert, resize):
+for each in (demo, train, resume, distill, generate, density, inspect, convert, resize, approximate):
     _add(each)
 
 app.add_typer(embedded, name="embedded")
