@@ -134,6 +134,9 @@ class Processes:
     def sum_gradients(self, parameters: Sequence[nn.Parameter], divisor: int = 1) -> None:
         """Has each gradient be the sum over all processes, divided by ``divisor``. The same bits in all of them."""
         if self._words is None:
+            for parameter in parameters if divisor > 1 else ():
+                if parameter.grad is not None:
+                    parameter.grad /= divisor
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

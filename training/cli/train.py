@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HELP = {
     "steps": "Optimizer steps.",
-    "batch_size": "Pictures at once.",
+    "batch_size": "Pictures at once, of all processes together.",
     "accumulation": "Batches to an optimizer step.",
     "learning_rate": "For Prodigy 1.",
     "optimizer": "adam, adamw, adamw-8bit, prodigy, schedule-free.",

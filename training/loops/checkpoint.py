@@ -188,12 +188,14 @@ def open_run(path: Path, kind: type[RunConfig] = TrainConfig) -> Iterator[RunDir
 
 
 @contextmanager
-def opened_by_one(run: Path | RunDirectory | None, processes: Processes) -> Iterator[RunDirectory | None]:
+def opened_by_one(
+    run: Path | RunDirectory | None, processes: Processes, kind: type[RunConfig] = TrainConfig
+) -> Iterator[RunDirectory | None]:
     """The folder of a run in the process that writes, None in the others. One that is open already stays open."""
     with ExitStack() as stack:
         with processes.together():
             if isinstance(run, Path) and processes.writes:
-                run = stack.enter_context(open_run(run))
+                run = stack.enter_context(open_run(run, kind))
         yield run if isinstance(run, RunDirectory) and processes.writes else None
 
 

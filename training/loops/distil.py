@@ -3,7 +3,8 @@
 SwiftBrush (arXiv 2312.05239) with PG-SB's random guidance (arXiv 2412.02687), or DMD's convention: see
 :mod:`..distillation`. One frozen network serves as teacher, student and fake: the latter two are adapters on it.
 
-Everything drawn is a function of (seed, step), so that a continued run repeats exactly.
+Everything drawn is a function of (seed, step) and drawn for a whole step, so that a continued run repeats exactly, and
+so that a step is the same whether its samples come in one batch, in several, or on several processes.
 """
 
 import math
@@ -28,8 +29,9 @@ from ..formats.keys import UNET_LAYERS
 from ..formats.metadata import AdapterMetadata
 from ..noise import gaussian
 from ..one_step_presets import one_step_of
+from ..processes import ALONE, Processes
 from ..randomness import generator
-from .checkpoint import RunDirectory, open_run
+from .checkpoint import RunDirectory, opened_by_one
 from .distil_config import DistilConfig
 from .events import Event
 from .learner import Learner
@@ -37,7 +39,8 @@ from .meter import Meter
 from .recorder import Recorder
 from .saving import ALL, Saving
 from .score_passes import Judged, Networks, gradient, learn_fake, learn_student, pictures
-from .subject import Subject, kind_of
+from .share import require_alike, share_of
+from .subject import Subject, kind_of, with_weights_at_hand
 from .tables import to_table
 
 STUDENT, FAKE = "student", "fake"
@@ -70,17 +73,22 @@ def distil(
     unet_layers: int = UNET_LAYERS,
     resolution: int | None = None,  # side in pixels of a square of the same area, for the student's file
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
+    processes: Processes = ALONE,  # that train together: each calls this with the same arguments
 ) -> DistilResult:
     """Trains a student on a frozen denoiser, which is afterwards what it was before.
 
     Where ``run_dir`` holds a checkpoint of the same run, continues it, and ends as if it had never stopped. Raises,
     and saves before it does, as :func:`.train.train`.
     """
-    device = torch.device(device)
+    require_alike(to_table(config), processes)
+    device, share = torch.device(device), share_of(config, processes)
+    pieces = config.samples_a_step // share.batch_size  # of a step's batch, over all passes and processes
     with ExitStack() as stack:
-        run = stack.enter_context(open_run(run_dir, DistilConfig)) if isinstance(run_dir, Path) else run_dir
-        texts = _Texts(encode, conditioning or {}, device)
-        texts.of(prompts.drawn(config.seed, 0, config.batch_size))  # refuses what the model does not know
+        run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
+        with processes.together():
+            texts = _Texts(encode, conditioning or {}, device)
+            texts.of(prompts.drawn(config.seed, 0, config.samples_a_step))  # refuses what the model does not know
+        draws = _Draws(config, latent_size, denoiser.clock, texts)
         configs = {STUDENT: config.adapter, FAKE: config.fake}
         adapters = stack.enter_context(
             attached_together(denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device)
@@ -98,32 +106,43 @@ def distil(
             ),
             weights=lambda name: base_weight(student.layer(name)),
         )
-        recorder = Recorder(run, learner, meter, config, subject=subject, device=device)
+        require_alike(subject.identity, processes)
+        subject = with_weights_at_hand(subject, student, processes)
+        recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
         stack.enter_context(recorder.saving_on_exceptions())
         recorder.catch_up(sample)
-        call = log_snr_at(denoiser.clock, torch.full((config.batch_size,), config.time)).to(device)
+        call = log_snr_at(denoiser.clock, torch.full((share.batch_size,), config.time)).to(device)
         while learner.step < config.steps:
-            if check is not None:
-                check()
             step = learner.step
-            chosen = prompts.drawn(config.seed, step, config.batch_size)
-            judged = _judged(config, step, latent_size, denoiser.clock, texts, chosen)
-            with networks.acting_as(student):
-                noise = _noise(config, step, "student", latent_size).to(device)
-                x0 = pictures(networks, noise, call, judged.conditioning)
-            g, apart = gradient(networks, x0.detach(), judged, config.convention)
-            with networks.acting_as(student):
-                losses = learn_student(x0, g)
-            meter.add(step, tuple(chosen), judged.log_snr.cpu(), losses)
+            chosen = prompts.drawn(config.seed, step, config.samples_a_step)
+            drawn: list[Tensor] = []  # by the student, for each pass
+            for rows in share.of_step:
+                with processes.together():
+                    if check is not None:
+                        check()
+                    judged = draws.judged(step, rows, chosen[rows])
+                with processes.passing():
+                    with networks.acting_as(student):
+                        x0 = pictures(networks, draws.noise(step, "student", rows), call, judged.conditioning)
+                    g, apart = gradient(networks, x0.detach(), judged, config.convention)
+                    with networks.acting_as(student):
+                        losses = learn_student(x0, g)
+                drawn.append(x0.detach())
+                meter.add(step, tuple(chosen[rows]), judged.log_snr.cpu(), losses)
+                meter.note("apart", apart)
+            processes.sum_gradients(learner.parameters, pieces)
             meter.add_norm(step, clip_grad_norm_(learner.parameters, config.clip_norm or math.inf))
-            meter.note("apart", apart)
             if device.type == "cpu":
-                meter.check(step)
+                with processes.together():
+                    meter.check(step)
             with learner.updating():
                 _update(learner)
                 for update in range(config.fake_updates):
-                    lesson = _lesson(config, step, update, latent_size, denoiser.clock, texts, chosen)
-                    meter.note("fake_loss", learn_fake(networks, x0, *lesson).mean())
+                    for rows, x0 in zip(share.of_step, drawn, strict=True):
+                        with processes.passing():
+                            lesson = draws.lesson(step, update, rows, chosen[rows])
+                            meter.note("fake_loss", learn_fake(networks, x0, *lesson).mean())
+                    processes.sum_gradients(taught.parameters, pieces)
                     meter.note("fake_norm", clip_grad_norm_(taught.parameters, config.clip_norm or math.inf))
                     _update(taught)
             recorder.observe(report, sample)
@@ -155,44 +174,44 @@ class _Texts:
         return {name: value.expand(rows, *value.shape[1:]).to(self._device) for name, value in whole.items()}
 
 
-def _judged(
-    config: DistilConfig, step: int, size: tuple[int, int, int], clock: Clock, texts: _Texts, prompts: list[str]
-) -> Judged:
-    rows, device = len(prompts), texts._device
-    times = stratified_uniform(rows, generator(config.seed, "time", step)).float()
-    times = config.lowest_time + (config.highest_time - config.lowest_time) * times
-    u = torch.rand(rows if config.guidance_by_sample else 1, generator=generator(config.seed, "guidance", step))
-    return Judged(
-        log_snr=log_snr_at(clock, times).to(device),
-        eps=_noise(config, step, "judge", size).to(device),
-        scales=guidance_scales(config.guidance_low, config.guidance_high, u).expand(rows).to(device),
-        conditioning=texts.of(prompts),
-        null=texts.null(rows),
-    )
+@dataclass(frozen=True)
+class _Draws:
+    """What is drawn in a step, for those of its samples that are asked for. On the device."""
 
+    config: DistilConfig
+    size: tuple[int, int, int]
+    clock: Clock
+    texts: _Texts
 
-def _lesson(
-    config: DistilConfig,
-    step: int,
-    update: int,
-    size: tuple[int, int, int],
-    clock: Clock,
-    texts: _Texts,
-    prompts: list[str],
-) -> tuple[Tensor, Tensor, Conditioning]:
-    """Noise, log_snr and conditioning of an update of the fake, some of whose prompts are empty."""
-    draw = generator(config.seed, "lesson", step, update)
-    share = 0.0 if config.convention == DMD else config.null_share  # the fake is not guided there
-    dropped = torch.rand(len(prompts), generator=draw) < share
-    told = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-    log_snr = log_snr_at(clock, stratified_uniform(len(prompts), draw).float())
-    noise = _noise(config, step, f"lesson {update}", size).to(texts._device)
-    return noise, log_snr.to(texts._device), texts.of(told)
+    def judged(self, step: int, rows: slice, prompts: list[str]) -> Judged:
+        config, whole, device = self.config, self.config.samples_a_step, self.texts._device
+        times = stratified_uniform(whole, generator(config.seed, "time", step)).float()
+        times = config.lowest_time + (config.highest_time - config.lowest_time) * times
+        u = torch.rand(whole if config.guidance_by_sample else 1, generator=generator(config.seed, "guidance", step))
+        scales = guidance_scales(config.guidance_low, config.guidance_high, u).expand(whole)
+        return Judged(
+            log_snr=log_snr_at(self.clock, times[rows]).to(device),
+            eps=self.noise(step, "judge", rows),
+            scales=scales[rows].to(device),
+            conditioning=self.texts.of(prompts),
+            null=self.texts.null(len(prompts)),
+        )
 
+    def lesson(self, step: int, update: int, rows: slice, prompts: list[str]) -> tuple[Tensor, Tensor, Conditioning]:
+        """Noise, log_snr and conditioning of an update of the fake, some of whose prompts are empty."""
+        config, whole = self.config, self.config.samples_a_step
+        draw = generator(config.seed, "lesson", step, update)
+        share = 0.0 if config.convention == DMD else config.null_share  # the fake is not guided there
+        dropped = (torch.rand(whole, generator=draw) < share)[rows]
+        told = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+        log_snr = log_snr_at(self.clock, stratified_uniform(whole, draw).float()[rows])
+        noise = self.noise(step, f"lesson {update}", rows)
+        return noise, log_snr.to(self.texts._device), self.texts.of(told)
 
-def _noise(config: DistilConfig, step: int, use: str, size: tuple[int, int, int]) -> Tensor:
-    """Unit noise (b, c, h, w) in float32, drawn on the CPU: the same on every device."""
-    return gaussian((config.batch_size, *size), generator(config.seed, use, step))
+    def noise(self, step: int, use: str, rows: slice) -> Tensor:
+        """Unit noise (b, c, h, w) in float32, drawn on the CPU: the same on every device."""
+        shape = (self.config.samples_a_step, *self.size)
+        return gaussian(shape, generator(self.config.seed, use, step))[rows].to(self.texts._device)
 
 
 def _about(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetadata:

@@ -34,7 +34,8 @@ class DistilConfig:
     """
 
     steps: int = 40_000  # of the student
-    batch_size: int = 16
+    batch_size: int = 16  # samples at once
+    accumulation: int = 1  # batches to an update, of either network
     learning_rate: float = 1e-4  # of a student that is an adapter; the papers' 1e-6 is for all of its weights
     fake_learning_rate: float = 1e-3
     fake_updates: int = 1  # of the fake network to one of the student; 5 and 10 in DMD2
@@ -64,7 +65,7 @@ class DistilConfig:
     fake_alpha: float = 128.0  # … and which is scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "fake_updates", "report_every"):
+        for name in ("steps", "batch_size", "accumulation", "fake_updates", "report_every"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("save_every", "sample_every", "weight_decay", "clip_norm"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
@@ -89,7 +90,7 @@ class DistilConfig:
 
     @property
     def samples_a_step(self) -> int:
-        return self.batch_size
+        return self.batch_size * self.accumulation
 
     @property
     def fake(self) -> AdapterConfig:

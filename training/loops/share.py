@@ -37,6 +37,12 @@ class Share:
         """Samples at once."""
         return self.rows.stop - self.rows.start
 
+    @property
+    def of_step(self) -> list[slice]:
+        """For each pass, which of all the step's samples these are."""
+        whole = self.batch_size * self.parts
+        return [slice(micro * whole + self.rows.start, micro * whole + self.rows.stop) for micro in self.passes]
+
 
 def share_of(steps: Steps, processes: Processes) -> Share:
     """ValueError for a step whose samples cannot be dealt out evenly."""

@@ -18,14 +18,20 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from stylewright.training.adapters.methods import AdapterConfig
+from stylewright.training.clocks import FlowClock
 from stylewright.training.data.dataset import Dataset
+from stylewright.training.data.prompts import Prompts
 from stylewright.training.formats.state import save_state
+from stylewright.training.loops import distil as distillation
 from stylewright.training.loops import train as loop
+from stylewright.training.loops.distil_config import DistilConfig
 from stylewright.training.processes import Processes, group_of_words
+from stylewright.training.randomness import generator
 from stylewright.training.sharding import sharded
 
 METHODS = ("lora", "rslora", "dora", "lokr", "loha", "oft")
 STEPS = {"dealt out": (2, 4), "cut": (4, 1), "both": (3, 2)}  # batch_size, accumulation
+DISTILLED = {"dealt out": (2, 2), "cut": (4, 1)}
 RUN = {"steps": 6, "save_every": 2, "ema_decay": 0.9, "scheduler": "cosine", "clip_norm": 0.05, "caption_dropout": 0.3}
 
 
@@ -47,7 +53,7 @@ def options(name, method="lora", **changes):
 
 
 @contextmanager
-def recorded():
+def recorded(loop=loop):
     """The gradients of every step, as they are clipped."""
     steps, clip = [], loop.clip_grad_norm_
 
@@ -89,6 +95,38 @@ def run(processes, folder, name="dealt out", **changes):
     hooks = {key: changes.pop(key) for key in ("report", "check", "on") if key in changes}
     on = hooks.pop("on", None) or TOYS.ToyDenoiser()
     return loop.train(on, examples, options(name, **changes), run_dir=folder, processes=processes, **hooks)
+
+
+class Timed(TOYS.ToyDenoiser):
+    clock = FlowClock()
+
+
+def encode(prompts):
+    rows = [torch.randn(1, TOYS.CONTEXT, generator=generator(0, prompt)) for prompt in prompts]
+    return {"context": torch.cat(rows)}
+
+
+def distilled(processes, folder, batch_size=4, accumulation=1, check=None, **changes):
+    """The student's state, and the gradients of student and fake in turn."""
+    config = DistilConfig(
+        steps=3,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        fake_updates=2,
+        null_share=0.5,
+        guidance_by_sample=True,
+        save_every=1,
+        adapter=AdapterConfig(rank=2, targets="all"),
+        fake_rank=2,
+        **changes,
+    )
+    size = (TOYS.CHANNELS, TOYS.HEIGHT, TOYS.WIDTH)
+    prompts = Prompts(("{circle|star} in {red|blue} style", "a tree"))
+    with recorded(distillation) as steps:
+        result = distillation.distil(
+            Timed(), prompts, encode, config, latent_size=size, run_dir=folder, check=check, processes=processes
+        )
+    return {"gradients": steps, "state": result.adapter_state, "losses": [event.loss for event in result.history]}
 
 
 def refused(call, *args, **kwargs):
@@ -142,6 +180,11 @@ def everything(processes, folder):
     told["data"] = refused(train, processes, data(masked=rank == 0))
     told["uneven"] = refused(train, processes, data(), batch_size=3, accumulation=1)
     told["of one"] = refused(run, processes, folder / "of one")
+    for name, steps in DISTILLED.items():
+        state[f"student {name}"] = distilled(processes, folder / f"student {name}", *steps)
+    stopping = at_call(2, KeyboardInterrupt()) if rank else None
+    told["student"] = refused(distilled, processes, folder / "student", check=stopping)
+    state["student"] = distilled(processes, folder / "student")
     parts = Processes(group_of_words(), sharded=True)
     for method, again in product(METHODS, (False, True)):
         where = folder / f"parts-{method}-{again}"

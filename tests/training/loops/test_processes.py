@@ -115,6 +115,30 @@ def test_stopped_and_continued_it_is_the_same_bit_for_bit(states):
         assert all(torch.equal(tensor, states[0]["straight"][name]) for name, tensor in state["straight"].items())
 
 
+@pytest.mark.parametrize("name", ["dealt out", "cut"])
+def test_a_student_of_two_processes_is_that_of_one(work, states, name):
+    """The gradients of student and fake; the student's first is zero, for the fake is then the teacher."""
+    alone = work.distilled(ALONE, None, *work.DISTILLED[name])
+    first, second = (state[f"student {name}"] for state in states)
+    assert len(alone["gradients"]) == 3 * (1 + 2)
+    for one, ours, theirs in zip(alone["gradients"], first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours - one).norm() <= 1e-5 * one.norm()
+    assert sum(one.norm() > 0 for one in alone["gradients"]) == 8
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    at_once = work.distilled(ALONE, None)
+    assert (at_once["gradients"][1] - alone["gradients"][1]).norm() <= 1e-5 * at_once["gradients"][1].norm()
+
+
+def test_a_stopped_student_continues_bit_for_bit(states, told):
+    assert told["student"][0] == "KeyboardInterrupt"
+    for state in states:
+        assert all(
+            torch.equal(tensor, state["student cut"]["state"][name])
+            for name, tensor in state["student"]["state"].items()
+        )
+
+
 def test_what_one_raises_all_raise(told, two):
     assert told["interrupt"] == ["KeyboardInterrupt", "by hand"]
     assert told["report"] == ["OSError", "the disk is full"]
