@@ -8,13 +8,15 @@ import typer
 
 from ..loops.config import AUTOMATIC_PRECISION, precision_on
 from ..loops.distil_config import DistilConfig
+from ..loops.share import require_alike
 from ..loops.tables import from_table
 from .flags import flags_of, merge, with_flags
 from .job import HELP as JOB_HELP
 from .job import read_toml, sorted_out
+from .launch import Launch, as_launched, launched
 from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
-from .train import CHECKPOINT, device_of, nothing_left_of_a_false_start
+from .train import CHECKPOINT, nothing_left_of_a_false_start
 from .train import HELP as TRAIN_HELP
 
 if TYPE_CHECKING:
@@ -83,20 +85,30 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Teach a model to draw in one step, from prompts alone. Prints where the student is."""
-    table = merge(read_toml(config) if config else {}, given)
-    if table.get("precision") == AUTOMATIC_PRECISION:
-        table["precision"] = precision_on(device_of(table.get("device", DistilJob.device)))
-    ours, rest = sorted_out(table, DistilJob, DistilConfig)
-    job, options = from_table(DistilJob, ours), from_table(DistilConfig, rest)
-    folder = Path(job.out)
+    with launched() as launch:
+        table = as_launched(merge(read_toml(config) if config else {}, given))
+        require_alike(table, launch.processes)
+        if table.get("precision") == AUTOMATIC_PRECISION:
+            table["precision"] = precision_on(launch.device_of(table.get("device", DistilJob.device)))
+        ours, rest = sorted_out(table, DistilJob, DistilConfig)
+        run(from_table(DistilJob, ours), from_table(DistilConfig, rest), as_json, launch)
+
+
+def run(job: DistilJob, options: DistilConfig, as_json: bool, launch: Launch) -> None:
+    """Distils, and says where the results are. Ctrl-C saves first and leaves with code 130."""
+    folder, writes = Path(job.out), launch.processes.writes
     try:
-        with nothing_left_of_a_false_start(folder), progress_bar() as update:
-            result = _distil(job, options, folder, update)
+        with nothing_left_of_a_false_start(folder), progress_bar(shown=writes) as update:
+            result = _distil(job, options, folder, update, launch)
     except KeyboardInterrupt:
+        if not writes:
+            raise
         saved = (folder / CHECKPOINT).exists()
         advice = "everything is saved, continue with the same command" if saved else "nothing was trained yet"
         typer.echo(f"stylewright: interrupted; {advice}", err=True)
         raise typer.Exit(130) from None
+    if not writes:
+        return
     last = result.history[-1] if result.history else None
     figures = {"steps": result.steps_done, "seconds": last and last.seconds, **(last.others if last else {})}
     lines = [
@@ -107,13 +119,16 @@ def distill(
     show({"student": result.path, "run": folder, **figures}, lines, as_json)
 
 
-def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update) -> "DistilResult":
+def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update, launch: Launch) -> "DistilResult":
     import torch
 
     from ..hosts.loading import load_host
     from ..loops.distil import distil
 
-    host = load_host(job.model, device_of(job.device), getattr(torch, options.precision), components=job.components)
+    processes = launch.processes
+    dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
+    with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
+        host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
     prompts = prompts_of(job, host)
     side = job.resolution or host.resolution
     if side % host.pixels_per_token:
@@ -124,7 +139,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update)
         apart = event.others.get("apart", float("nan"))
         update("distilling", event.step, event.steps, f"apart {apart:.4f}")
 
-    with patient_interrupt() as check:
+    with patient_interrupt(speaks=processes.writes) as check:
         return distil(
             cast("TimedDenoiser", host.denoiser),
             prompts,
@@ -140,6 +155,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update)
             base_model=host.name,
             unet_layers=host.unet_layers,
             resolution=side,
+            processes=processes,
         )
 
 

@@ -57,7 +57,7 @@ def test_two_processes_in_parts_are_one(workplace, monkeypatch, capsys):
     launch = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "-m", "stylewright", "train", *command, "--out", "two"]
     done = subprocess.run(
-        [sys.executable, "-m", *launch], cwd=workplace, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", *launch], cwd=workplace, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2

@@ -51,7 +51,7 @@ def two(work, tmp_path_factory):
         subprocess.Popen([*command, str(rank), port, str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=200)[1] for process in started]
+    said = [process.communicate(timeout=400)[1] for process in started]
     assert (folder / "told-0.json").exists(), "\n".join(said)
     return folder
 
