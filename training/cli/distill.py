@@ -49,6 +49,7 @@ JOB = {
     "resolution": "Side in pixels of the student's square pictures. (default: the model's own)",
     "out": "Folder of the run; a run that is there is continued.",
 }
+FEW = 10_000  # lines of prompts, whose encodings are kept on disk: of millions they would fill it
 SHARED = ("optimizer", "weight_decay", "scheduler", "warm_up", "precision", "seed")
 SHARED += ("save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing")
 HELP = {
@@ -129,11 +130,12 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
     with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
         host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
-    prompts = prompts_of(job, host)
+    with processes.together():
+        prompts = prompts_of(job, host, folder)
     side = job.resolution or host.resolution
     if side % host.pixels_per_token:
         raise ValueError(f"Got resolution={side}: {host.name} draws multiples of {host.pixels_per_token}")
-    encode = _encoder(host, folder)
+    encode = _encoder(host, folder if prompts.count <= FEW else None)
 
     def report(event: "Event") -> None:
         apart = event.others.get("apart", float("nan"))
@@ -159,24 +161,25 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         )
 
 
-def prompts_of(job: DistilJob, host: "Host") -> "Prompts":
-    """The job's prompts, or the model's own. ValueError where there are none."""
+def prompts_of(job: DistilJob, host: "Host", folder: Path) -> "Prompts":
+    """The job's prompts, or the model's own. ``folder`` is the run's. ValueError where there are none."""
     from ..data.captions import styled
     from ..data.prompts import Prompts, read_prompts
 
-    lines = (*job.prompt, *(read_prompts(Path(job.prompts)).lines if job.prompts else ()))
-    if not (lines or host.prompts):
+    file = read_prompts(Path(job.prompts), folder / "cache") if job.prompts else None
+    if not (job.prompt or file or host.prompts):
         raise ValueError(f"{host.name} has no prompts of its own: give some by --prompt or --prompts")
-    lines = lines or host.prompts
-    return Prompts(tuple(styled(line, job.style_phrase) if job.style_phrase else line for line in lines))
+    lines = job.prompt if job.prompt or file else host.prompts
+    lines = tuple(styled(line, job.style_phrase) if job.style_phrase else line for line in lines)
+    return Prompts(lines, file, job.style_phrase)
 
 
-def _encoder(host: "Host", folder: Path) -> "Encode":
-    """The host's text encoder, each prompt once; what it says is kept in the run's folder."""
+def _encoder(host: "Host", folder: Path | None) -> "Encode":
+    """The host's text encoder, each prompt once; what it says is kept in the run's folder. None = nothing is kept."""
     from ..data.cache import Cache
     from ..data.prompts import remembered
 
-    return remembered(host.encode_prompts, Cache(folder / "cache"), f"{host.name}, {host.denoiser.family}")
+    return remembered(host.encode_prompts, Cache(folder and folder / "cache"), f"{host.name}, {host.denoiser.family}")
 
 
 def _sampler(host: "Host", options: DistilConfig, side: int) -> Any:

@@ -6,7 +6,7 @@ prompts as any other of that line.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 from ..denoiser import Conditioning
 from ..randomness import generator
 from .cache import Cache, digest
+from .captions import styled
+from .lines import Lines
 
 Encode = Callable[[list[str]], Conditioning]  # one row a prompt
 
@@ -53,43 +55,44 @@ class Prompts:
     """What a run draws its prompts from."""
 
     lines: tuple[str, ...]
+    file: Lines | None = None  # further lines, of which only those that are drawn are read
+    style_phrase: str = ""  # of the file's: they become "{line} in {style phrase} style"
 
     def __post_init__(self) -> None:
-        if not self.lines:
+        if not self.count:
             raise ValueError("There are no prompts: give at least one line that is not empty.")
         for line in self.lines:
             read_line(line)
 
-    def __len__(self) -> int:
-        """How many different prompts the lines stand for, at most."""
-        return sum(len(read_line(line)) for line in self.lines)
+    @property
+    def count(self) -> int:
+        """Lines in all."""
+        return len(self.lines) + (0 if self.file is None else len(self.file))
 
     def drawn(self, seed: int, step: int, count: int) -> list[str]:
         """``count`` prompts, which are a function of seed and step."""
         draw = generator(seed, "prompts", step)
-        picks = torch.randint(len(self.lines), (count,), generator=draw).tolist()
-        lines = [read_line(self.lines[pick]) for pick in picks]
+        picks = torch.randint(self.count, (count,), generator=draw).tolist()
+        lines = [read_line(self._line(pick)) for pick in picks]
         return [line.prompt(int(torch.randint(len(line), (), generator=draw))) for line in lines]
 
+    def _line(self, number: int) -> str:
+        if self.file is None or number < len(self.lines):
+            return self.lines[number]
+        line = self.file[number - len(self.lines)]
+        return styled(line, self.style_phrase) if self.style_phrase else line
+
     def fingerprint(self) -> str:
-        return digest(*self.lines)
+        further = () if self.file is None else (self.file.digest, self.style_phrase)
+        return digest(*self.lines, *further)
 
 
-def read_prompts(path: Path) -> Prompts:
-    """The lines of a text file; empty ones, and those that begin with #, are none. ValueError where it has none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the prompts in {path}: {error}") from error
-    kept = prompts_of(lines)
-    if not kept:
+def read_prompts(path: Path, folder: Path) -> Lines:
+    """The lines of a text file of any size. ``folder`` is for its index. ValueError where it has none."""
+    lines = Lines(path, folder, read_line)
+    if not lines:
         raise ValueError(f"{path} has no prompts: write one a line, alternatives as {{a|b}}.")
-    return Prompts(kept)
-
-
-def prompts_of(lines: Iterable[str]) -> tuple[str, ...]:
-    stripped = (line.strip() for line in lines)
-    return tuple(line for line in stripped if line and not line.startswith("#"))
+    return lines
 
 
 def remembered(encode: Encode, cache: Cache, encoder: str) -> Encode:

@@ -61,8 +61,11 @@ def test_prompts_come_from_flags_a_file_and_the_model_and_get_the_style_phrase(w
     host = load_host("embedded")
     (workplace / "prompts.txt").write_text("a {house|star}\n")
     both = DistilJob(prompt=("a tree",), prompts="prompts.txt", style_phrase="<v0>")
-    assert prompts_of(both, host).lines == ("a tree in <v0> style", "a {house|star} in <v0> style")
-    assert prompts_of(DistilJob(), host).lines == host.prompts
+    prompts = prompts_of(both, host, workplace)
+    assert prompts.lines == ("a tree in <v0> style",) and tuple(prompts.file) == ("a {house|star}",)
+    drawn = {prompt for step in range(20) for prompt in prompts.drawn(0, step, 4)}
+    assert drawn == {"a tree in <v0> style", "a house in <v0> style", "a star in <v0> style"}
+    assert prompts_of(DistilJob(), host, workplace).lines == host.prompts
 
 
 @pytest.mark.parametrize(

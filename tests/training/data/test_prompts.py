@@ -1,5 +1,6 @@
 """Prompts by the line, with alternatives."""
 
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -44,12 +45,39 @@ def test_what_is_drawn_is_a_function_of_seed_and_step():
 def test_a_file_has_a_prompt_a_line(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("# subjects\n\n a tree \nein {Haus|Stern} in blauem Stil\n", encoding="utf-8")
-    assert read_prompts(file).lines == ("a tree", "ein {Haus|Stern} in blauem Stil")
-    file.write_text("# nothing\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no prompts"):
-        read_prompts(file)
+    lines = read_prompts(file, tmp_path / "cache")
+    assert tuple(lines) == ("a tree", "ein {Haus|Stern} in blauem Stil")
+    for text, words in (("# nothing\n", "no prompts"), ("a {tree\n", "brace"), (b"\xff\n", "Cannot read")):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=words):
+            read_prompts(file, tmp_path / "cache")
     with pytest.raises(ValueError, match="Cannot read"):
-        read_prompts(tmp_path / "none.txt")
+        read_prompts(tmp_path / "none.txt", tmp_path / "cache")
+
+
+def test_a_file_is_told_by_what_is_in_it(tmp_path):
+    file = tmp_path / "prompts.txt"
+    marks = set()
+    for text in ("a tree\n", "a house\n", "a tree\n"):
+        file.write_text(text)
+        marks.add(Prompts((), read_prompts(file, tmp_path)).fingerprint())
+    assert len(marks) == 2
+    assert Prompts((), read_prompts(file, tmp_path), "ink").fingerprint() not in marks
+
+
+def test_a_long_file_stays_on_disk(tmp_path):
+    """Of which only what is drawn is read."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"# {n}\n\n prompt {n} \n" for n in range(70_000)))
+    prompts = Prompts(("first",), read_prompts(file, tmp_path))
+    assert prompts.count == 70_001
+    assert [prompts.file[n] for n in (0, 65_535, 65_536, -1)] == [f"prompt {n}" for n in (0, 65_535, 65_536, 69_999)]
+    tracemalloc.start()
+    drawn = Prompts(("first",), read_prompts(file, tmp_path)).drawn(0, 3, 16)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert drawn == prompts.drawn(0, 3, 16) and len(set(drawn)) == 16
+    assert most < 300_000, "bytes, and the file has 2.5 million"
 
 
 def test_no_lines_are_refused():
