@@ -6,19 +6,20 @@
 real sizes without weights (device ``meta``), with 77 tokens (SD), 300 (PixArt) or 256 (FLUX) of either prompt.
 ``first``: the step that makes the negative keys and values, ``later``: those that find them kept.
 ``--time``: processor time of a run of four steps on small models over that of the plain one, medians of interleaved
-rounds. ``--nag``: a checkout of ComfyUI-NAG, which is timed, too, where it runs.
+rounds, and that of others over that of our ``nag``. ``--nag``: a checkout of ComfyUI-NAG, which is timed, too, where it
+runs.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ REAL = {
     "FLUX.1, 1024": ("Flux", FLUX_DEV, 16, 128, 256, 4096, 768),
 }
 METHODS = ("nasa", "nag", "vsf")
+PEERS = ("cfg", "NAGuidance", "ComfyUI-NAG")
+TOKENS = 77  # of either prompt, of the small models
 
 
 def model_of(kind: str, config: dict, device: str) -> Any:
@@ -141,8 +144,8 @@ def products() -> list[dict]:
     return rows
 
 
-def contenders(model: Any, positive: list, negative: list, nag: Any) -> dict[str, Callable[[], Any]]:
-    """Guiders by name, which sample when they are called."""
+def contenders(model: Any, own: Any, positive: list, negative: list, nag: Any) -> dict[str, Any]:
+    """Guiders by name. ComfyUI-NAG has a model of its ``own``: it leaves one changed where it fails."""
     import comfy.samplers
     from comfy_extras.nodes_nag import NAGuidance
 
@@ -163,7 +166,10 @@ def contenders(model: Any, positive: list, negative: list, nag: Any) -> dict[str
         "NAGuidance": guided(NAGuidance.execute(model, 3.0, 0.5, 2.5).result[0]),
     }
     if nag is not None:
-        guider = nag.NAGCFGGuider(model)
+        for layer in own.model.diffusion_model.modules():
+            if type(layer).__name__ == "DoubleStreamBlock":  # which ComfyUI had once, and the pack still asks for
+                vars(layer).setdefault("flipped_img_txt", False)
+        guider = nag.NAGCFGGuider(own)
         guider.set_conds(positive, negative)
         guider.set_cfg(1.0)
         guider.set_batch_size(1)
@@ -172,28 +178,58 @@ def contenders(model: Any, positive: list, negative: list, nag: Any) -> dict[str
     return found
 
 
-def times(nag: Any, rounds: int) -> list[dict]:
-    import comfy.samplers
-    from comfyui_models import SMALL_FLUX, SMALL_SDXL, fill
+def small_models() -> dict[str, tuple[str, dict, tuple[int, ...], int, int | None]]:
+    """Class, configuration, shape of latents, width of text and of its pooled vector."""
+    from comfyui_models import SMALL_FLUX, SMALL_SD3, SMALL_SDXL
 
-    small = {
-        "SDXL": ("SDXL", SMALL_SDXL, 4, SMALL_SDXL["context_dim"], 77, {"pooled_output": torch.ones(1, 128)}),
-        "FLUX": ("Flux", SMALL_FLUX, 16, SMALL_FLUX["context_in_dim"], 77,
-                 {"pooled_output": torch.ones(1, SMALL_FLUX["vec_in_dim"])}),
+    small_sd15 = SMALL_SDXL | {
+        "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [1, 1, 1, 1, 0, 0],
+        "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "use_linear_in_transformer": False, "adm_in_channels": None, "num_classes": None,
     }  # fmt: skip
-    rows = []
-    for name, (kind, config, channels, width, tokens, rest) in small.items():
-        model = model_of(kind, config, "cpu")
-        fill(model.model, torch.device("cpu"))
+    wan = {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 384, "out_dim": 16, "in_dim": 16, "num_heads": 3,
+        "ffn_dim": 1536, "num_layers": 4, "patch_size": (1, 2, 2), "freq_dim": 256, "text_dim": 256,
+        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+    }  # fmt: skip
+    hunyuan = {
+        "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2],
+        "vec_in_dim": 128, "axes_dim": [16, 56, 56], "meanflow": False, "context_in_dim": 256, "hidden_size": 384,
+        "mlp_ratio": 4.0, "num_heads": 3, "depth": 2, "depth_single_blocks": 4, "theta": 256, "qkv_bias": True,
+        "byt5": False, "guidance_embed": True, "use_cond_type_embedding": False, "vision_in_dim": None,
+        "meanflow_sum": False,
+    }  # fmt: skip
+    return {
+        "SD1.5": ("SD15", small_sd15, (4, 32, 32), 256, None),
+        "SDXL": ("SDXL", SMALL_SDXL, (4, 32, 32), 256, 128),
+        "FLUX": ("Flux", SMALL_FLUX, (16, 32, 32), 256, 128),
+        "SD3": ("SD3", SMALL_SD3, (16, 32, 32), 256, 128),
+        "Wan": ("WAN21_T2V", wan, (16, 1, 32, 32), 256, None),
+        "HunyuanVideo": ("HunyuanVideo", hunyuan, (16, 1, 32, 32), 256, 128),
+    }
+
+
+def times(nag: Any, rounds: int, families: list[str], without: list[str]) -> Iterator[dict]:
+    """Processor time over the plain model's, in percent, and peers' over ours: medians of ratios within a round."""
+    import comfy.samplers
+    from comfyui_models import fill
+
+    for name, (kind, config, shape, width, pooled) in small_models().items():
+        if families and name not in families:
+            continue
+        model, own = (model_of(kind, config, "cpu") for _ in range(2))
+        for each in (model, own):
+            fill(each.model.requires_grad_(False), torch.device("cpu"))
         draw = torch.Generator().manual_seed(0)
-        positive, negative = ([[torch.randn(1, tokens, width, generator=draw), rest]] for _ in range(2))
-        noise = torch.randn(1, channels, 32, 32, generator=draw)
+        rest = {"pooled_output": torch.ones(1, pooled)} if pooled else {}
+        positive, negative = ([[torch.randn(1, TOKENS, width, generator=draw), rest]] for _ in range(2))
+        noise = torch.randn(1, *shape, generator=draw)
         top = float(model.get_model_object("model_sampling").sigma_max)
-        sigmas, taken = torch.tensor([top, 0.7 * top, 0.4 * top, 0.2 * top, 0.0]), {}
-        guiders, failed = contenders(model, positive, negative, nag), {}
+        sigmas = torch.tensor([top, 0.7 * top, 0.4 * top, 0.2 * top, 0.0])
+        guiders, failed, taken = contenders(model, own, positive, negative, nag), {}, {}
         for round_ in range(rounds + 1):
             for contender, guider in guiders.items():
-                if contender in failed:
+                if contender in failed or contender in without:
                     continue
                 since = time.process_time()
                 try:
@@ -207,17 +243,24 @@ def times(nag: Any, rounds: int) -> list[dict]:
                     continue
                 if round_:  # the first warms up
                     taken.setdefault(contender, []).append(time.process_time() - since)
-        plain = statistics.median(taken["plain"])
-        row = {"model": name, "seconds": plain}
-        row |= {each: 100 * (statistics.median(found) / plain - 1) for each, found in taken.items() if each != "plain"}
-        rows.append(row | failed)
-    return rows
+        if "plain" in failed:
+            raise SystemExit(f"{name}: {failed['plain']}")
+        row = {"model": name, "seconds": statistics.median(taken["plain"])}
+        row |= {each: 100 * (ratio(found, taken["plain"]) - 1) for each, found in taken.items() if each != "plain"}
+        row |= {f"{peer} / nag": ratio(taken[peer], taken["nag"]) for peer in PEERS if peer in taken}
+        yield row | failed
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", action="store_true", help="times of small models, in place of products")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--families", nargs="*", default=[], help="of the times: some alone, as SDXL FLUX")
+    parser.add_argument("--without", nargs="*", default=[], help="of the times: contenders that are left out, as cfg")
     parser.add_argument("--nag", type=Path, help="a checkout of ComfyUI-NAG")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -226,34 +269,46 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         open_comfyui(Path(base), "cpu", "--use-pytorch-cross-attention")
         load_package()
-        rows = times(opened(options.nag), options.rounds) if options.time else products()
-    if options.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(
-            ", ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
+        rows = (
+            times(opened(options.nag), options.rounds, options.families, options.without)
+            if options.time
+            else products()
         )
+        found = [print_row(row, options.json) for row in rows]
+    if options.json:
+        print(json.dumps(found))
+
+
+def print_row(row: dict, quiet: bool) -> dict:
+    if not quiet:
+        words = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(", ".join(words), flush=True)
+    return row
+
+
+NAG_FAMILIES = {
+    "flux.model": "NAGFluxSwitch", "chroma.model": "NAGChromaSwitch", "sd.openaimodel": "NAGUNetModelSwitch",
+    "sd3.mmdit": "NAGOpenAISignatureMMDITWrapperSwitch", "wan.model": "NAGWanModelSwitch",
+    "hunyuan_video.model": "NAGHunyuanVideoSwitch", "hidream.model": "NAGHiDreamImageTransformer2DModelSwitch",
+}  # fmt: skip
 
 
 def opened(path: Path | None) -> Any:
-    """ComfyUI-NAG's samplers, as ComfyUI imports a pack; None where it is absent."""
+    """ComfyUI-NAG's samplers, as ComfyUI imports a pack, but for families that this ComfyUI has broken."""
     if path is None:
         return None
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_nag", path / "__init__.py", submodule_search_locations=[str(path)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_nag"] = module
-    try:
-        spec.loader.exec_module(module)
-        return importlib.import_module("comfyui_nag.samplers")
-    except Exception as error:
-        print(f"ComfyUI-NAG cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+    package = ModuleType("comfyui_nag")
+    package.__path__ = [str(path)]
+    sys.modules["comfyui_nag"] = package
+    for name, switch in NAG_FAMILIES.items():
+        try:
+            importlib.import_module(f"comfyui_nag.{name}")
+        except Exception as error:
+            print(f"ComfyUI-NAG without {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            left_out = ModuleType(f"comfyui_nag.{name}")
+            setattr(left_out, switch, None)
+            sys.modules[f"comfyui_nag.{name}"] = left_out
+    return importlib.import_module("comfyui_nag.samplers")
 
 
 if __name__ == "__main__":
