@@ -13,7 +13,7 @@ from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, links, plain
-from .trainer_more_inputs import consistency, fitting, given, keeping, starting, style_inject, text_encoder
+from .trainer_more_inputs import consistency, fitting, given, keeping, starting, style_inject, teaching, text_encoder
 from .trainer_samples import sampling
 
 
@@ -44,6 +44,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
                 *text_encoder(),
                 *consistency(),
                 *style_inject(),
+                *teaching(),
             ],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
@@ -126,6 +127,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         init_lora: dict | None = None,
         latents: list[dict] | None = None,
         conditioning: list[list] | None = None,
+        teacher: Any = None,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.previews import nothing_to_show
@@ -186,6 +188,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
             answers=dataset.answers,
             prior_share=dataset.prior_share,
             notes=dataset.notes,
+            teacher=teacher,
         )
         trained = train_adapter(Sockets(model, clip, vae), job, address_of(cls.hidden))
         strips = draw_strips(trained.samples, config.sample_prompts, steps) if trained.samples else nothing_to_show()

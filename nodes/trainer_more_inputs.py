@@ -1,5 +1,5 @@
 """Inputs of the trainer that came later: runs that go on, memory, other beginnings, text encoders, DCO,
-StyleInject.
+StyleInject, a teacher.
 
 Each is optional, with its default in ``execute`` too, so that prompts from before it run as they did. Add at the end.
 """
@@ -171,6 +171,20 @@ def style_inject() -> list[io.Input]:
             tooltip=(
                 "Of the method styleinject. f2c: spreads of features change with the input, and their means stay. f1: "
                 "one new spread for each channel. f2: as f2c, and means may move. lora: branches alone, to compare."
+            ),
+        ),
+    ]
+
+
+def teaching() -> list[io.Input]:
+    """The socket for a model to learn from."""
+    return [
+        io.Model.Input(
+            "teacher",
+            optional=True,
+            tooltip=(
+                "Another MODEL of the family, a fine-tune or a base with LoRAs: what it answers is learned instead of "
+                "the pictures. No images are needed: link latents that it has drawn, and their conditioning."
             ),
         ),
     ]

@@ -37,11 +37,8 @@ def identity_of(
     prior_share: float,
 ) -> dict[str, Any]:
     """The identity of a run on these, for :func:`~stylewright.training.loops.train.train`."""
-    described = {**kind_of(denoiser), "name": model_name(model), "weights": digest_of_model(model)}
-    if acting := functions_on(model):
-        described["functions"] = _hash(*_pieces(traits(acting)))
     return {
-        "model": described,
+        "model": {**kind_of(denoiser), **what_acts(model)},
         "encoders": {
             "clip": "none" if clip is None else _hash(clip.layer_idx, digest_of_model(clip.patcher)),
             "vae": "none" if vae is None else digest_of_model(vae.patcher),
@@ -53,6 +50,14 @@ def identity_of(
             "fingerprint": digest_of_items(items),
         },
     }
+
+
+def what_acts(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
+    """A model's kind, weights and patches, and what other nodes made it compute otherwise by."""
+    described = {"name": model_name(model), "weights": digest_of_model(model)}
+    if acting := functions_on(model):
+        described["functions"] = _hash(*_pieces(traits(acting)))
+    return described
 
 
 def digest_of_model(model: comfy.model_patcher.ModelPatcher) -> str:

@@ -65,6 +65,11 @@ class TrainingProgress:
         self._run, self._prompts, self._state.window = run, prompts, window
         self._show("preparing", "")
 
+    def taught(self, done: int, steps: int) -> None:
+        """The teacher has answered the batches of so many steps."""
+        self._show("preparing", f"the teacher has answered {done} of {steps} steps", at_once=done == steps)
+        raise_if_interrupted()
+
     def drawing(self, step: int) -> None:
         """Sample pictures are drawn after ``step``."""
         self._show("drawing", "the pictures before training" if step == 0 else f"pictures of step {step}")

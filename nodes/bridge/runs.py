@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "run.json"  # beside what the run itself leaves behind
 ENCODED = "encoded"  # a folder of pictures and captions as they were encoded
+ANSWERS = "answers"  # of a teacher, while they are needed
 VERSION = 1
 
 
@@ -89,6 +90,8 @@ OF_INPUTS = {
     "encoders.clip": "the text encoder is another",
     "encoders.vae": "the VAE is another",
     "start": "the adapter to begin with is another",
+    "teacher.weights": "the teacher, or the LoRAs and patches on it, are others",
+    "teacher.functions": "what other nodes changed of how the teacher computes is different",
 }
 
 

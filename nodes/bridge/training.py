@@ -28,6 +28,7 @@ from ...training.loops.events import Event
 from ...training.loops.samples import find_samples
 from ...training.loops.saving import Saving
 from ...training.loops.subject import parts_of
+from ...training.loops.teaching import Answers
 from ...training.loops.train import TrainResult, train
 from .adapters import AdapterTensors, read_tensors
 from .board import Address
@@ -47,6 +48,7 @@ from .runs import ENCODED, Choice, Run, choose, clear_states, new_run, opened
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
 from .starting import refuse_windowed, start_from, try_once
+from .teacher import ask_teacher, teacher_identity
 from .text_encoders import describe, resident, trainable_text_encoders
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Job:
     answers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # what captions of CONDITIONING stand for
     prior_share: float = PRIOR_SHARE  # of the samples, where there are items for prior preservation
     notes: Sequence[str] = ()  # of the dataset, for its person
+    teacher: comfy.model_patcher.ModelPatcher | None = None  # whose answers are learned; None = the pictures
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     )
     if start := start_from(model, job.init_lora, config.adapter):
         identity["start"] = start.digest
+    if job.teacher is not None:
+        identity["teacher"] = teacher_identity(job.teacher, model, host)
+        progress.noted(f"learns what the teacher answers, {model_name(job.teacher)}, at noised pictures of the dataset")
     choice = choose(job.file_name, filled, job.resume, config, identity)
     if choice.notice:
         logger.info(choice.notice)
@@ -150,19 +156,23 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         encoders = [socket.patcher for socket in (sockets.clip, sockets.vae) if socket is not None]
         leave_device(*encoders)  # nothing needs them but sample pictures the VAE
 
+        answers = job.teacher and ask_teacher(job.teacher, host, dataset, config, run, progress)
+
         def trains(saving: Saving) -> TrainResult:
             if painter:
                 draw_before(painter, directory, config, progress)
             report = _reporter(run, job, progress)
             if start:
                 progress.noted(start.said)
-            return _train(sockets, job, host, dataset, directory, identity, report, painter, saving, start)
+            return _train(sockets, job, host, dataset, directory, identity, report, painter, saving, start, answers)
 
         with _published_if_stopped(run, config.steps):
             training = Training(model, sockets.clip, host, dataset, config, run.folder, progress)
             result = train_within_memory(training, lambda: try_once(host, dataset), trains)
         with _kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
+        if answers is not None:
+            answers.forget()
     if cleared := clear_states(job.file_name, job.keep_checkpoints):
         progress.noted(f"{', '.join(cleared)} cannot be trained further any longer (keep_checkpoints)")
     logger.info("trained %d steps, saved %s", result.steps_done, path)
@@ -262,6 +272,7 @@ def _train(
     painter: Painter | None,
     saving: Saving,
     start: Start | None,
+    answers: Answers | None,
 ) -> TrainResult:
     config = job.config
     return train(
@@ -282,6 +293,7 @@ def _train(
         identity=identity,
         saving=saving,
         start=start,
+        answers=answers,
     )
 
 

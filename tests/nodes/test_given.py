@@ -217,3 +217,61 @@ def test_a_sample_prompt_that_names_one_of_several_styles_is_left_alone(embedded
     config = TrainConfig(style_phrase="<v0>", sample_prompts=("star", "tree in <v1> style"))
     job = Job(both.items, both.caption_mode, config, "name", 2, 1.0)
     assert sample_prompts(job) == ["star in <v0> style", "tree in <v1> style"]
+
+
+@pytest.fixture
+def teacher(embedded):
+    """The embedded model with a LoRA on it, as a stock loader puts it there."""
+    import comfy.sd
+
+    network, lora = embedded.model.model.diffusion_model, {}
+    for seed, name in enumerate(
+        ("double_blocks.0.img_attn.qkv", "double_blocks.1.img_mlp.0", "single_blocks.0.linear1")
+    ):
+        source = torch.Generator().manual_seed(seed)
+        weight = network.get_submodule(name).weight
+        lora[f"diffusion_model.{name}.lora_down.weight"] = 0.3 * torch.randn(2, weight.shape[1], generator=source)
+        lora[f"diffusion_model.{name}.lora_up.weight"] = 0.3 * torch.randn(len(weight), 2, generator=source)
+    with torch.inference_mode():
+        return comfy.sd.load_lora_for_models(embedded.model, None, lora, 1.0, 0.0)[0]
+
+
+def drawn_by(teacher, embedded, texts):
+    """Latents that a KSampler draws with the teacher, and their conditioning."""
+    import nodes
+
+    with torch.inference_mode():
+        conditioning = [nodes.CLIPTextEncode().encode(embedded.clip, text)[0] for text in texts]
+        negative = nodes.CLIPTextEncode().encode(embedded.clip, "")[0]
+        empty = {"samples": torch.zeros(1, embedded.model.model.latent_format.latent_channels, 8, 8)}
+        return [
+            nodes.common_ksampler(teacher, 1, 3, 1.0, "euler", "simple", positive, negative, empty)[0]
+            for positive in conditioning
+        ], conditioning
+
+
+def test_what_a_teacher_answers_is_learned_with_no_images(embedded, teacher, loras):
+    import comfy.sd
+    from training_runs import predict
+
+    latents, conditioning = drawn_by(teacher, embedded, ["a star", "a house"])
+    base, wanted = (predict(model, embedded.clip) for model in (embedded.model, teacher))
+    _, losses, path, _ = train(
+        embedded, clip=embedded.clip, latents=latents, conditioning=conditioning, teacher=teacher,
+        steps=30, rank=4, accumulation=1, batch_size=1, learning_rate=0.01, file_name="taught",
+    )  # fmt: skip
+    learned = comfy.sd.load_lora_for_models(embedded.model, None, load_file(path), 1.0, 0.0)[0]
+    assert sum(losses["loss"][-10:]) < 0.7 * sum(losses["loss"][:10])
+    assert (predict(learned, embedded.clip) - wanted).norm() < 0.95 * (base - wanted).norm()  # of no noise of the run
+    assert torch.equal(predict(embedded.model, embedded.clip), base)
+    assert torch.equal(predict(teacher, embedded.clip), wanted)
+    assert not list(loras.parent.rglob("answers/*.safetensors"))
+
+
+def test_a_teacher_that_teaches_nothing_or_in_another_language_is_refused(embedded, teacher, tiny, loras):
+    latents, conditioning = drawn_by(teacher, embedded, ["a star"])
+    given = {"clip": embedded.clip, "latents": latents, "conditioning": conditioning}
+    with pytest.raises(ValueError, match="the teacher is the very model that learns"):
+        train(embedded, **given, teacher=embedded.model.clone())
+    with pytest.raises(ValueError, match="the teacher is a sd3 model of the process flow"):
+        train(embedded, **given, teacher=tiny("sd3"))

@@ -25,6 +25,7 @@ class Noised:
     conditioning: Conditioning  # (b, …)
     weights: Tensor | None = None  # (b,) factors on the losses; None = 1
     of_base: bool = False  # whether the target is what the model says without the adapter
+    wanted: Tensor | None = None  # (b, c, h, w) what is learned, in the model's own prediction; None = x0 and eps say
 
 
 def learn_from(
@@ -32,7 +33,9 @@ def learn_from(
 ) -> Tensor:
     """Adds the batch's part of a step's gradient to the adapter; ``source`` draws dropout. Losses (b,)."""
     x_t = add_noise(denoiser.process, batch.x0, batch.eps, batch.log_snr)
-    wanted = target(denoiser.prediction, denoiser.process, batch.x0, batch.eps, batch.log_snr)
+    wanted = batch.wanted
+    if wanted is None:
+        wanted = target(denoiser.prediction, denoiser.process, batch.x0, batch.eps, batch.log_snr)
     with adapter.dropout(source):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             base = _without(adapter, denoiser, x_t, batch) if batch.of_base or config.loss == DCO else None

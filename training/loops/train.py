@@ -11,8 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,12 +23,9 @@ from torch.nn.utils import clip_grad_norm_
 from ..adapters.attach import attached_to_parts
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
-from ..densities import Density, mean_time, stratified_uniform
-from ..density_presets import build_density, preset_name
-from ..density_words import in_words
+from ..densities import stratified_uniform
 from ..formats.keys import UNET_LAYERS
 from ..formats.starting import Start
-from ..noise import gaussian
 from ..processes import ALONE, Processes
 from ..randomness import generator
 from ..weightings import check_weighting
@@ -38,7 +34,8 @@ from .config import TrainConfig, config_to_table
 from .events import Event
 from .learner import Learner
 from .meter import Meter
-from .passes import Noised, learn_from
+from .noising import Place, law_of, moved, noised_batch, tokens_of
+from .passes import learn_from
 from .recorder import Recorder
 from .saving import Saving, as_configured
 from .share import require_alike, share_of
@@ -78,6 +75,7 @@ def train(
     text_encoders: Mapping[str, nn.Module] = MappingProxyType({}),  # that the denoiser runs, by their layers' prefix
     text_device: torch.device | None = None,  # where they compute; None = where their weights are
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
+    answers: Callable[[Place], Tensor] | None = None,  # what is learned at each batch; None = its pictures
 ) -> TrainResult:
     """Trains an adapter on a frozen denoiser, which is afterwards what it was before.
 
@@ -89,7 +87,7 @@ def train(
     require_alike(config_to_table(config), processes)
     device, share = torch.device(device), share_of(config, processes)
     check_weighting(config.weighting, denoiser.prediction, denoiser.process)
-    law = cache(partial(_law, denoiser, config))
+    law = law_of(denoiser, config)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes))
         parts = parts_of(denoiser, config, text_encoders, device=device, text_device=text_device)
@@ -102,7 +100,7 @@ def train(
             chosen = saving if part.module is denoiser.module else saving.beside()
             stack.enter_context(chosen.applied(part.module, device))
         learner, meter = Learner(adapter, config), Meter()
-        density = law(_tokens(dataset.examples[0].latent, latents_per_token))
+        density = law(tokens_of(dataset.examples[0].latent, latents_per_token))
         subject = subject_of(
             denoiser,
             adapter,
@@ -126,16 +124,11 @@ def train(
                 with processes.together():
                     if check is not None:
                         check()
+                    place = Place(step, micro, uniforms, share)
                     batch = dataset.batch(config.seed, step, micro, config.batch_size, config.accumulation, share.rows)
-                first = micro * config.batch_size + share.rows.start
-                u = uniforms[first : first + share.batch_size]
-                drawn = law(_tokens(batch.latents, latents_per_token)).icdf(u)
-                noise = _noise(batch.latents.shape, config, step, first)
-                x0, log_snr, eps = (_moved(tensor, device) for tensor in (batch.latents, drawn, noise))
-                mask = None if batch.mask is None else _moved(batch.mask, device)
-                weights = _moved(batch.weights, device)
-                conditions = _conditions(batch.conditioning, conditioning or {}, len(x0), device)
-                noised = Noised(x0, log_snr, eps, mask, conditions, weights, batch.of_base)
+                noised, drawn = noised_batch(batch, place, config, law, latents_per_token, conditioning or {}, device)
+                if answers is not None:
+                    noised = replace(noised, wanted=moved(answers(place), device))
                 source = generator(config.seed, "dropout", step, micro, *share.part)
                 with processes.passing():
                     losses = learn_from(noised, denoiser, adapter, config, source)
@@ -155,36 +148,3 @@ def train(
         return TrainResult(
             learner.result(), recorder.history, learner.losses, learner.step, run.adapter if run else None
         )
-
-
-def _law(denoiser: Denoiser, config: TrainConfig, tokens: int) -> Density:
-    """The law of log_snr for pictures of so many image tokens, said in the log once."""
-    density = build_density(config.density, denoiser.log_snr_range, tokens)
-    words = in_words(density.describe(), preset_name(asdict(config.density)))
-    logger.info("noise levels: %s; at %d tokens, mean time %.3f", words, tokens, mean_time(density))
-    return density
-
-
-def _tokens(latents: Tensor, latents_per_token: int) -> int:
-    """Image tokens of each picture of latents (…, h, w)."""
-    return latents.shape[-2] * latents.shape[-1] // latents_per_token
-
-
-def _noise(shape: torch.Size, config: TrainConfig, step: int, first: int) -> Tensor:
-    """eps (b, c, h, w) in float32, drawn on the CPU: the same on every device. ``first`` is the place in the step."""
-    places = range(first, first + shape[0])
-    sources = [generator(config.seed, "noise", step, place) for place in places]
-    return torch.cat([gaussian((1, *shape[1:]), source, offset=config.offset_noise) for source in sources])
-
-
-def _conditions(batch: Conditioning, more: Conditioning, size: int, device: torch.device) -> dict[str, Tensor]:
-    """A batch's conditioning (b, …) with further entries (1, …) repeated for each of its rows."""
-    repeated = {name: tensor.expand(size, *tensor.shape[1:]) for name, tensor in more.items()}
-    return {name: _moved(tensor, device) for name, tensor in {**batch, **repeated}.items()}
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. From pinned memory, because a copy from any other waits for the step before."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
