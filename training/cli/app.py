@@ -18,6 +18,7 @@ from .distill import distill
 from .embedded import app as embedded
 from .files import convert, inspect
 from .generate import generate
+from .imitate import imitate
 from .resize import resize
 from .train import resume, train
 
@@ -48,7 +49,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, distill, generate, density, inspect, convert, resize, approximate):
+for each in (demo, train, resume, distill, imitate, generate, density, inspect, convert, resize, approximate):
     _add(each)
 
 app.add_typer(embedded, name="embedded")
