@@ -165,6 +165,19 @@ def test_style_inject_runs_as_shipped_and_says_what_its_routers_do(server, repos
     assert len(layers) > 10 and f"{saved.name}: {len(layers)} layers\n" in server.text
 
 
+def test_style_guidance_runs_as_shipped_and_says_what_it_weighs(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["style_guidance.json"], server.info)
+    for node in prompt.values():  # the rest is as it is
+        node["inputs"] |= {"steps": 4} if node["class_type"] in ("StyleFriendlySNRTrainer", "BasicScheduler") else {}
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    guided, plain = (output["images"] for output in result["outputs"].values() if len(output.get("images", [])) == 4)
+    assert guided[0]["type"] != plain[0]["type"]
+    assert "FineStyle: 4 adapted(positive) -2 adapted(negative) -1 base(positive); 3 predictions a call" in server.text
+
+
 def test_the_progress_comes_over_the_websocket_and_stays_in_the_history(quick_start, server):
     prompt, result = quick_start
     (trainer,) = (id for id, node in prompt.items() if node["class_type"] == "StyleFriendlySNRTrainer")

@@ -114,6 +114,19 @@ def test_adapters_that_only_the_base_has(at):
         near(found, expected, by_hand(own[0], tiny_model("flux"), WEIGHTS, at("flux")))
 
 
+def test_style_inject(at, tmp_path):
+    """Which reads what the patches before it have made of a layer's output."""
+    spec = importlib.util.spec_from_file_location("inject_proof", Path(__file__).with_name("test_style_inject.py"))
+    inject = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(inject)
+    injected = inject.stored(tiny_model("flux"), inject.config("flux"), "flux", tmp_path / "adapter.safetensors")
+    first, _ = loras()
+    (adapted, base), own = both(lambda model: (inject.apply(stock(model, first), injected, 0.5), model))
+    once = {"levels": (-3.0,)}
+    found, expected = guided(adapted, base, at("flux"), **once), by_hand(*own, WEIGHTS, at("flux"), **once)
+    near(found, expected, by_hand(own[0], own[0], WEIGHTS, at("flux"), **once), 1e-4)
+
+
 @pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "our oft"), ("our oft", "lora"), ("lokr", "difference")])
 def test_every_kind_in_the_order_of_its_patches(kinds, at):
     tensors = adapters(tiny_model("flux"), "double_blocks.0.img_attn.qkv")

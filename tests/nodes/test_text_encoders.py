@@ -1,5 +1,6 @@
 """CLIPs trained beside the model: right gradients, complete files in the stock loader, and nothing left behind."""
 
+import math
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -334,6 +335,24 @@ def test_a_stopped_run_continues_and_leaves_no_trace(sockets, dataset, folders, 
     first, second = load_file(straight[2]), load_file(continued[2])
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert straight[1]["loss"] == pytest.approx(continued[1]["loss"])
+
+
+def test_the_base_of_dco_has_text_encoders_without_an_adapter(sockets, dataset, folders, monkeypatch):
+    from stylewright.training.loops import passes
+
+    made, asked, ask = sockets("sd15"), [], passes._without
+
+    def note(adapter, denoiser, x_t, batch):
+        with torch.no_grad():
+            adapted = denoiser(x_t, batch.log_snr, batch.conditioning)
+        base = ask(adapter, denoiser, x_t, batch)
+        asked.append(relative(adapted, base))
+        return base
+
+    monkeypatch.setattr(passes, "_without", note)
+    losses = run(made, dataset, loss="dco", learning_rate=1e-12)[1]["loss"]  # only the text encoder learns
+    assert losses[0] == pytest.approx(math.log(2)) != losses[1]
+    assert asked[-2] == 0 < 1e-6 < asked[-1]  # those before are of the plan
 
 
 def test_a_stock_lora_below_counts_and_another_clip_is_another_run(sockets):
