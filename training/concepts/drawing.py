@@ -17,11 +17,11 @@ COLOURS = ("#e4572e", "#2e86ab", "#3f9b4f", "#b5179e", "#f0a202", "#118ab2", "#7
 INK, PAPER = "#22303c", "#ffffff"
 
 
-def draw_found(picture: Tensor, found: Sequence[Found]) -> Tensor:
+def draw_found(picture: Tensor, found: Sequence[Found], columns: int = ROW) -> Tensor:
     """Panels (3, h, w) in [0, 1] of a picture (3, h, w). A thick frame is the crop, a thin one the phrase's own box."""
     scale = SIDE / max(picture.shape[1:])
     panels = [_whole(picture, found, scale), *(_phrase(picture, each, n, scale) for n, each in enumerate(found))]
-    columns = min(ROW, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     wide, tall = panels[0].size
     sheet = Image.new("RGB", (columns * wide, rows * tall), PAPER)

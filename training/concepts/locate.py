@@ -39,7 +39,6 @@ class Search:
             raise ValueError(f"a picture is looked at with {self.noises} noises a level: expected 1 to 64")
 
 
-@torch.no_grad()
 def attention_maps(
     host: Host,
     watch: Watch,
@@ -53,6 +52,20 @@ def attention_maps(
 
     ValueError for a phrase without tokens, and where the model's attention is not seen.
     """
+    return contrasted(looked(host, watch, picture, prompt, phrases, search, progress).maps())
+
+
+@torch.no_grad()
+def looked(
+    host: Host,
+    watch: Watch,
+    picture: Tensor,
+    prompt: str,
+    phrases: Sequence[str],
+    search: Search = Search(),
+    progress: Callable[[int, int], None] | None = None,
+) -> Recorder:
+    """What a model attended to at all noise levels and noises of a search. As :func:`attention_maps`."""
     if host.token_ids is None:
         raise ValueError(f"which tokens {host.name} attends to is not known: give boxes by masks instead")
     texts = host.token_ids
@@ -71,4 +84,4 @@ def attention_maps(
             host.denoiser(add_noise(process, latents, eps, log_snr), log_snr, conditioning)
             if progress is not None:
                 progress(done, len(looks))
-    return contrasted(recorder.maps())
+    return recorder

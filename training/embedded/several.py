@@ -35,15 +35,20 @@ def several(subjects: Sequence[int], style: Style, draw: torch.Generator, size: 
     """
     if not 2 <= len(subjects) <= MOST or len(set(subjects)) < len(subjects):
         raise ValueError(f"several subjects are 2 to {MOST} different ones, got {list(subjects)}")
-    n = len(subjects)
+    palette, ground, fill, edge = (torch.full((len(subjects),), value) for value in vars(style).values())
+    place = placed(len(subjects), draw)
+    scene = Scene(torch.tensor(subjects), palette, ground, fill, edge, colours(palette), *place)
+    names = tuple(SUBJECTS[index] for index in subjects)
+    return Several(render_together(scene, size), names, extents(scene, size), style)
+
+
+def placed(n: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random centres (n, 2), half-sizes (n,) and angles (n,), each in a quarter of its own."""
     quarters = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])
     centre = quarters[torch.randperm(MOST, generator=draw)[:n]] + 0.1 * torch.rand(n, 2, generator=draw) - 0.05
     scale = 0.32 + 0.08 * torch.rand(n, generator=draw)
     angle = (2 * torch.rand(n, generator=draw) - 1) * math.radians(14)
-    palette, ground, fill, edge = (torch.full((n,), value) for value in vars(style).values())
-    scene = Scene(torch.tensor(subjects), palette, ground, fill, edge, colours(palette), centre, scale, angle)
-    names = tuple(SUBJECTS[index] for index in subjects)
-    return Several(render_together(scene, size), names, extents(scene, size), style)
+    return centre, scale, angle
 
 
 def draw_several(number: int, style: Style, seed: int, size: int = SIZE) -> Several:
