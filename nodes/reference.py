@@ -2,8 +2,11 @@
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..training.embedded.renderer import HELD_OUT_STYLES, SUBJECTS, render, scene_of
+from ..training.data.captions import styled
+from ..training.embedded.renderer import HELD_OUT_STYLES, SUBJECTS, extents, render, scene_of
+from ..training.embedded.several import several
 from ..training.embedded.vocabulary import FREE_WORDS
 from ..training.randomness import generator
 
@@ -48,6 +51,12 @@ class ReferenceNode(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,  # another picture is another training
                     tooltip="Places, turns and scales the subjects. The same seed draws the same pictures.",
                 ),
+                io.Boolean.Input(
+                    "together",
+                    default=False,
+                    optional=True,
+                    tooltip="All subjects in one picture, 2 to 4 of them, each in a quarter of its own.",
+                ),
             ],
             outputs=[
                 io.Image.Output("images", tooltip="The pictures, 128x128."),
@@ -55,13 +64,37 @@ class ReferenceNode(io.ComfyNode):
                 io.String.Output(
                     "style_phrase", tooltip="A free word of the model's vocabulary, to name the style by."
                 ),
+                io.Mask.Output("masks", tooltip="Where each subject is, in white: its box. A mask a subject."),
+                io.String.Output("prompts", tooltip="The captions with the style, one line a picture."),
+                io.String.Output("subjects", tooltip="All subjects that are shown, one a line."),
             ],
         )
 
     @classmethod
-    def execute(cls, style: str, subject: str, count: int, seed: int) -> io.NodeOutput:
+    def execute(cls, style: str, subject: str, count: int, seed: int, together: bool = False) -> io.NodeOutput:
         first = SUBJECTS.index(subject)
         subjects = [(first + i) % len(SUBJECTS) for i in range(count)]
-        scenes = scene_of(torch.tensor(subjects), HELD_OUT_STYLES[style], generator(seed, "reference", style))
-        captions = "\n".join(SUBJECTS[i] for i in subjects)
-        return io.NodeOutput(render(scenes).movedim(1, -1).contiguous(), captions, FREE_WORDS[0])
+        names, draw = [SUBJECTS[i] for i in subjects], generator(seed, "reference", style)
+        if together:
+            found = several(subjects, HELD_OUT_STYLES[style], draw)
+            pictures, boxes, captions = found.picture[None], found.boxes, [found.content]
+        else:
+            scenes = scene_of(torch.tensor(subjects), HELD_OUT_STYLES[style], draw)
+            pictures, boxes, captions = render(scenes), extents(scenes), names
+        prompts = [styled(caption, FREE_WORDS[0]) for caption in captions]
+        return io.NodeOutput(
+            pictures.movedim(1, -1).contiguous(),
+            "\n".join(captions),
+            FREE_WORDS[0],
+            _masks(boxes, pictures.shape[-1]),
+            "\n".join(prompts),
+            "\n".join(names),
+        )
+
+
+def _masks(boxes: Tensor, size: int) -> Tensor:
+    """(b, size, size), 1 inside of each box (b, 4)."""
+    masks = torch.zeros(len(boxes), size, size)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    return masks

@@ -6,6 +6,9 @@ import json
 import pytest
 from safetensors import safe_open
 
+from stylewright.training.adapters.keys_values import rows_of
+from stylewright.training.formats.contents import read_adapter
+
 pytestmark = pytest.mark.comfy
 
 
@@ -242,3 +245,21 @@ def test_an_error_names_the_words_that_are_not_known(server, shipped_weights):
     result = server.run(prompt)
     (error,) = (message["data"] for message in result["messages"] if message["type"] == "execution_error")
     assert "'astronaut'" in error["exception_message"] and "ocean" in error["exception_message"]
+
+
+def test_finestyle_runs_as_shipped_on_keys_and_values(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["finestyle.json"], server.info)
+    trainer = next(node for node in prompt.values() if node["class_type"] == "StyleFriendlySNRTrainer")
+    trainer["inputs"] |= {"steps": 10, "sample_every": 0}  # the rest is as it is
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    (saved,) = (server.base / "models" / "loras" / "stylewright").glob("finestyle_*.safetensors")
+    file = read_adapter(saved)
+    assert file.about.targets == ("kv_both",) and file.about.style_phrase == "<v0>"
+    for name, layer in file.layers.items():  # whether stacked with others or by themselves
+        b = layer.tensors["B"]
+        rows = rows_of(name, layer.inputs, len(b))
+        queries = b[: rows[0].start] if rows else b if name.endswith(("to_q", "add_q_proj")) else b[:0]
+        assert b.any() and not queries.any(), name

@@ -110,9 +110,21 @@ def test_a_missing_file_is_named(tmp_path):
 def test_reference_pictures_are_drawn_as_captioned():
     from stylewright.nodes.reference import ReferenceNode
 
-    images, captions, phrase = ReferenceNode.execute("twilight", "house", 3, 7).args
+    images, captions, phrase, masks, prompts, subjects = ReferenceNode.execute("twilight", "house", 3, 7).args
     assert images.shape == (3, 128, 128, 3) and 0 <= images.min() < images.max() <= 1
-    assert captions == "house\ncircle\nsquare" and phrase == "<v0>"
+    assert captions == subjects == "house\ncircle\nsquare" and phrase == "<v0>"
+    assert prompts.splitlines()[0] == "house in <v0> style" and masks.shape == (3, 128, 128)
     assert torch.equal(ReferenceNode.execute("twilight", "house", 3, 7).args[0], images)
     assert not torch.equal(ReferenceNode.execute("twilight", "house", 3, 8).args[0], images)
     assert not torch.equal(ReferenceNode.execute("glacier", "house", 3, 7).args[0], images)
+
+
+def test_several_subjects_in_one_reference():
+    from stylewright.nodes.reference import ReferenceNode
+
+    images, captions, _, masks, prompts, subjects = ReferenceNode.execute("glacier", "star", 3, 0, together=True).args
+    assert images.shape == (1, 128, 128, 3) and captions == "star and heart and cross"
+    assert prompts == "star and heart and cross in <v0> style" and subjects == "star\nheart\ncross"
+    assert masks.shape == (3, 128, 128) and not (masks.sum(0) > 1).any() and masks.flatten(1).any(1).all()
+    with pytest.raises(ValueError, match="2 to 4 different"):
+        ReferenceNode.execute("glacier", "star", 1, 0, together=True)
