@@ -1,11 +1,11 @@
-"""What guidance by four predictions costs: seconds a step, inside ComfyUI on a CPU.
+"""What guidance by four predictions costs: processor seconds a step, inside ComfyUI on a CPU.
 
     COMFYUI_PATH=… python benchmarks/style_guidance.py
 
 A random FLUX with a LoRA on its blocks is sampled by ComfyUI's own guiders and by ours, whose rules need two or three
 predictions. Beside them, what a guider would cost that calls two patched MODELs in turn: ComfyUI patches the weights
-anew whenever it loads the other one. One JSON line of medians of interleaved runs, in seconds a step and in passes: a
-step of BasicGuider with the LoRA is one.
+anew whenever it loads the other one. One JSON line of medians of interleaved runs, in processor seconds a step and in
+passes: a step of BasicGuider with the LoRA is one.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def seconds_a_step(guider: Any, options: argparse.Namespace) -> float:
 
     shape = (1, 16, options.side, options.side)
     noise, sigmas = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 0, STEPS + 1)
-    since = time.perf_counter()
+    since = time.process_time()
     with torch.inference_mode():
         if callable(getattr(guider, "sample", None)):
             guider.sample(
@@ -87,7 +87,7 @@ def seconds_a_step(guider: Any, options: argparse.Namespace) -> float:
         else:
             for _ in range(STEPS):
                 guider()
-    return (time.perf_counter() - since) / STEPS
+    return (time.process_time() - since) / STEPS
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
