@@ -7,6 +7,8 @@ time of the clock says who else was there, too; processor time says what was com
     OMP_NUM_THREADS=1 python benchmarks/processes.py
 """
 
+# ruff: noqa: E402 (the package comes from the folder above, wherever it is)
+
 import argparse
 import json
 import os
@@ -19,6 +21,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from package import load_package
+
+load_package()
 
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.data.dataset import Dataset, Example

@@ -35,6 +35,7 @@ class DistilJob:
     components: str | None = None
     prompt: tuple[str, ...] = ()
     prompts: str | None = None
+    encodings: str | None = None
     style_phrase: str = ""
     resolution: int | None = None
     device: str = "auto"
@@ -45,11 +46,12 @@ JOB = {
     **{name: JOB_HELP[name] for name in ("model", "components", "device")},
     "prompt": "What to learn from, alternatives as {a|b}; may be repeated. (default: what the model says of itself)",
     "prompts": "A text file of such prompts, one a line; each line is as likely as any other.",
+    "encodings": "A folder to keep encoded prompts in, for this run and others. (default: the run's, if they are few)",
     "style_phrase": 'Prompts become "{prompt} in {style phrase} style".',
     "resolution": "Side in pixels of the student's square pictures. (default: the model's own)",
     "out": "Folder of the run; a run that is there is continued.",
 }
-FEW = 10_000  # lines of prompts, whose encodings are kept on disk: of millions they would fill it
+FEW = 10_000  # lines of prompts, whose encodings are kept unasked: those of millions would fill the disk
 SHARED = ("optimizer", "weight_decay", "scheduler", "warm_up", "precision", "seed")
 SHARED += ("save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing")
 HELP = {
@@ -135,7 +137,8 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     side = job.resolution or host.resolution
     if side % host.pixels_per_token:
         raise ValueError(f"Got resolution={side}: {host.name} draws multiples of {host.pixels_per_token}")
-    encode = _encoder(host, folder if prompts.count <= FEW else None)
+    with processes.together():
+        encode = _encoder(job, host, prompts, folder, processes.rank)
 
     def report(event: "Event") -> None:
         apart = event.others.get("apart", float("nan"))
@@ -174,12 +177,15 @@ def prompts_of(job: DistilJob, host: "Host", folder: Path) -> "Prompts":
     return Prompts(lines, file, job.style_phrase)
 
 
-def _encoder(host: "Host", folder: Path | None) -> "Encode":
-    """The host's text encoder, each prompt once; what it says is kept in the run's folder. None = nothing is kept."""
-    from ..data.cache import Cache
+def _encoder(job: DistilJob, host: "Host", prompts: "Prompts", folder: Path, process: int) -> "Encode":
+    """The host's text encoder; of a few prompts, or where a folder is named for it, what it says is kept on disk."""
     from ..data.prompts import remembered
+    from ..data.store import Store
 
-    return remembered(host.encode_prompts, Cache(folder and folder / "cache"), f"{host.name}, {host.denoiser.family}")
+    if not (job.encodings or prompts.count <= FEW):
+        return host.encode_prompts
+    store = Store(Path(job.encodings) if job.encodings else folder / "cache", process)
+    return remembered(host.encode_prompts, store, f"{host.name}, {host.denoiser.family}")
 
 
 def _sampler(host: "Host", options: DistilConfig, side: int) -> Any:

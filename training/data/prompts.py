@@ -17,6 +17,7 @@ from ..randomness import generator
 from .cache import Cache, digest
 from .captions import styled
 from .lines import Lines
+from .store import Store
 
 Encode = Callable[[list[str]], Conditioning]  # one row a prompt
 
@@ -95,8 +96,8 @@ def read_prompts(path: Path, folder: Path) -> Lines:
     return lines
 
 
-def remembered(encode: Encode, cache: Cache, encoder: str) -> Encode:
-    """``encode`` that keeps each prompt's row in the cache. ``encoder`` names what encodes."""
+def remembered(encode: Encode, cache: Cache | Store, encoder: str) -> Encode:
+    """``encode`` that keeps each prompt's row. ``encoder`` names what encodes."""
 
     def recall(prompts: Sequence[str]) -> Conditioning:
         rows = [
