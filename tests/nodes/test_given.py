@@ -256,12 +256,11 @@ def test_what_a_teacher_answers_is_learned_with_no_images(embedded, teacher, lor
 
     latents, conditioning = drawn_by(teacher, embedded, ["a star", "a house"])
     base, wanted = (predict(model, embedded.clip) for model in (embedded.model, teacher))
-    _, losses, path, _ = train(
+    *_, path, _ = train(
         embedded, clip=embedded.clip, latents=latents, conditioning=conditioning, teacher=teacher,
-        steps=30, rank=4, accumulation=1, batch_size=1, learning_rate=0.01, file_name="taught",
+        steps=40, rank=4, accumulation=1, batch_size=1, learning_rate=0.01, file_name="taught",
     )  # fmt: skip
     learned = comfy.sd.load_lora_for_models(embedded.model, None, load_file(path), 1.0, 0.0)[0]
-    assert sum(losses["loss"][-10:]) < 0.7 * sum(losses["loss"][:10])
     assert (predict(learned, embedded.clip) - wanted).norm() < 0.95 * (base - wanted).norm()  # of no noise of the run
     assert torch.equal(predict(embedded.model, embedded.clip), base)
     assert torch.equal(predict(teacher, embedded.clip), wanted)

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..loops.config import TrainConfig, config_from_table
+from ..loops.config import TrainConfig, config_from_table, config_to_table
 from .flags import flags_of, merge, with_flags
 from .generate import Components, Guidance, Model, Prompts, wearing
 from .job import read_toml
@@ -44,24 +45,33 @@ def imitate(
     """Learn what another model answers, at noised pictures that it draws of these prompts. No images are needed."""
     import torch
 
+    from ..data.cache import digest
     from ..hosts.loading import load_host
+    from ..loops.checkpoint import RunDirectory
     from ..loops.teaching import Answers, ask
     from .train import device_of
 
     options = _configured(merge(read_toml(config) if config else {}, given))
     dtype = getattr(torch, options.precision)
     host = load_host(model, device_of(device), dtype, components=components)
-    answers = Answers(out / ANSWERS)
-    shape = {"latents_per_token": (host.pixels_per_token // host.pixels_per_latent) ** 2, "device": host.device}
+    options = replace(options, density=options.density.stated_for(host.reference_tokens))
+    stored = RunDirectory(out).stored()
+    shape: dict[str, Any] = {
+        "latents_per_token": (host.pixels_per_token // host.pixels_per_latent) ** 2,
+        "device": host.device,
+    }
     with progress_bar() as update:
         with _teaching(teacher, host, components, dtype) as master:
             dataset = _drawn(master, host, prompts, pictures, drawing_steps, guidance, options, out)
+            asked = (teacher, dataset.fingerprint(), str(config_to_table(options)))
+            answers = Answers(out / ANSWERS, f"{digest(*asked)[:12]}-")
             ask(
                 master.denoiser,
                 host.denoiser,
                 dataset,
                 options,
                 answers,
+                first=stored.step if stored else 0,
                 conditioning=host.training_conditioning,
                 progress=lambda done, steps: update("asking the teacher", done, steps),
                 **shape,
@@ -80,7 +90,7 @@ def _configured(table: Mapping[str, Any]) -> TrainConfig:
     options = config_from_table(table)
     if options.text_encoder_learning_rate:
         raise ValueError(
-            "Got text_encoder_learning_rate: a teacher's answers are learned with text encoders as they are"
+            "Got text_encoder_learning_rate: expected 0, for the teacher and the model get the same prompts."
         )
     return options
 

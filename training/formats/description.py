@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..adapters.text_tokens import CLIP_FAMILIES
 from ..density_presets import preset_name
 from ..density_words import in_words
 from .adapters import AdapterReport, report_of
@@ -45,8 +46,16 @@ def _options(file: AdapterFile) -> Iterator[str]:
         yield ", ".join(f"{name} {value}" for name, value in file.about.options.items())
     if file.unmergeable:
         yield NEEDS_OUR_LOADER
+        yield told_of_prompts(file.family or "")
     if file.about and file.about.routing:
         yield routing_in_words(file.about.routing)
+
+
+def told_of_prompts(family: str) -> str:
+    """Which tokens of a prompt count in the means that a StyleInject adapter takes over them."""
+    if family in CLIP_FAMILIES:
+        return "of prompts all tokens count but the first of every 77: filling is not told from words"
+    return "of prompts all tokens count that the model is not told to leave out: mostly their filling, too"
 
 
 def _for(report: AdapterReport) -> str:

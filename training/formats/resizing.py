@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapters.methods import UNMERGEABLE
 from ..data.captions import listed
 from .contents import AdapterFile, read_adapter
 from .keys import FAMILIES, UNET_LAYERS
@@ -122,7 +123,10 @@ def as_lora(name: str, layer: Layer) -> Layer:
     if layer.method == "lora":
         return layer
     if "magnitude" in layer.tensors or layer.method not in ("loha", "lokr"):
-        raise ValueError(f"the layer {name} is {layer.method}, which is no sum of weights, and has no rank to lower")
+        hint = ": StyleInject to LoRA makes one of it" if layer.method in UNMERGEABLE else ""
+        raise ValueError(
+            f"the layer {name} is {layer.method}, which is no sum of weights, and has no rank to lower{hint}"
+        )
     if "hada_t1" in layer.tensors or any(tensor.dim() > 2 for tensor in layer.tensors.values()):
         return _from_product(layer)
     return kronecker_as_lora(layer) if layer.method == "lokr" else hadamard_as_lora(layer)

@@ -27,13 +27,13 @@ from .share import share_of
 
 
 class Answers:
-    """A teacher's answers in a folder, a file for each step."""
+    """A teacher's answers in a folder, a file for each step. ``key`` tells those of one run from another's."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, key: str = "") -> None:
+        self.folder, self.key = folder, key
 
     def path(self, step: int) -> Path:
-        return self.folder / f"{step:07d}.safetensors"
+        return self.folder / f"{self.key}{step:07d}.safetensors"
 
     def __call__(self, place: Place) -> Tensor:
         """(b, c, h, w) for the batch at a place of the run."""

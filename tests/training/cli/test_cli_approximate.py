@@ -1,0 +1,28 @@
+"""``stylewright approximate`` and ``stylewright imitate``: what they refuse, before any work."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stylewright.training.cli.app import run
+
+
+@pytest.fixture
+def lora(tmp_path):
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{name}.lora_up.weight": torch.ones(16, 4), f"{name}.lora_down.weight": torch.eye(4, 16)}
+    save_file(tensors, tmp_path / "one.safetensors")
+    return tmp_path / "one.safetensors"
+
+
+def test_a_lora_needs_no_approximation(lora, tmp_path, capsys):
+    assert run(["approximate", str(lora), str(tmp_path / "out.safetensors"), "--prompt", "star"]) == 1
+    assert "is a change of weights already: it loads everywhere as it is" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_text_encoders_are_not_taught(lora, tmp_path, capsys):
+    words = ["imitate", str(lora), "--prompt", "star", "--out", str(tmp_path / "run")]
+    assert run([*words, "--text-encoder-learning-rate", "1e-5"]) == 1
+    assert "expected 0, for the teacher and the model get the same prompts" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
