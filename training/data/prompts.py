@@ -70,9 +70,9 @@ class Prompts:
         """Lines in all."""
         return len(self.lines) + (0 if self.file is None else len(self.file))
 
-    def drawn(self, seed: int, step: int, count: int) -> list[str]:
-        """``count`` prompts, which are a function of seed and step."""
-        draw = generator(seed, "prompts", step)
+    def drawn(self, seed: int, step: int, count: int, use: str = "prompts") -> list[str]:
+        """``count`` prompts, which are a function of seed, step and what they are drawn for."""
+        draw = generator(seed, use, step)
         picks = torch.randint(self.count, (count,), generator=draw).tolist()
         lines = [read_line(self._line(pick)) for pick in picks]
         return [line.prompt(int(torch.randint(len(line), (), generator=draw))) for line in lines]

@@ -1,8 +1,8 @@
 """A negative prompt inside attention on a diffusers model: two texts, one picture, one pass.
 
 The network runs on twice the batch, the second half with the negative text. Wherever the picture's queries meet text,
-:class:`~..attention_guidance.AttentionGuidance` makes one answer of both, which both halves get: the picture is the same
-in each, and the negative text goes through the blocks beside it.
+:class:`~..attention_guidance.AttentionGuidance` makes one answer of both, which both halves get: the picture is the
+same in each, and the negative text goes through the blocks beside it.
 """
 
 from collections.abc import Callable

@@ -123,7 +123,7 @@ def distil(
                     judged = draws.judged(step, rows, chosen[rows])
                 with processes.passing():
                     with networks.acting_as(student):
-                        x0 = pictures(networks, draws.noise(step, "student", rows), call, judged.conditioning)
+                        x0 = pictures(networks, draws.noise(step, "student", rows), call, judged)
                     g, apart = gradient(networks, x0.detach(), judged, config.convention)
                     with networks.acting_as(student):
                         losses = learn_student(x0, g)
@@ -189,13 +189,25 @@ class _Draws:
         times = config.lowest_time + (config.highest_time - config.lowest_time) * times
         u = torch.rand(whole if config.guidance_by_sample else 1, generator=generator(config.seed, "guidance", step))
         scales = guidance_scales(config.guidance_low, config.guidance_high, u).expand(whole)
+        null = self.texts.null(len(prompts))
         return Judged(
             log_snr=log_snr_at(self.clock, times[rows]).to(device),
             eps=self.noise(step, "judge", rows),
             scales=scales[rows].to(device),
             conditioning=self.texts.of(prompts),
-            null=self.texts.null(len(prompts)),
+            null=null,
+            away=self.texts.of(self._negatives(step)[rows]) if config.negative_prompts else null,
+            nasa=self._nasa(step) if config.negative_prompts else 0.0,
         )
+
+    def _negatives(self, step: int) -> list[str]:
+        return Prompts(self.config.negative_prompts).drawn(
+            self.config.seed, step, self.config.samples_a_step, "negative prompts"
+        )
+
+    def _nasa(self, step: int) -> float:
+        u = torch.rand(1, generator=generator(self.config.seed, "nasa", step))
+        return float(guidance_scales(self.config.nasa_low, self.config.nasa_high, u))
 
     def lesson(self, step: int, update: int, rows: slice, prompts: list[str]) -> tuple[Tensor, Tensor, Conditioning]:
         """Noise, log_snr and conditioning of an update of the fake, some of whose prompts are empty."""

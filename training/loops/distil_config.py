@@ -53,6 +53,11 @@ class DistilConfig:
     lowest_time: float = 0.02  # of the noise that the student's pictures are judged in …
     highest_time: float = 0.98  # … uniform in between
     null_share: float = 0.1  # of the fake network's samples that have the empty prompt
+    # NASA-T: what the teacher is guided away from, and the student inside its attention, by a scale that is uniform
+    # from low to high. Lines as of prompts; () = none.
+    negative_prompts: tuple[str, ...] = ()
+    nasa_low: float = 0.0
+    nasa_high: float = 1.0
     precision: str = "float32"  # "bfloat16" = autocast. Weights that are trained, and what x0 is made of, are float32
     gradient_checkpointing: bool = False  # of the student: less memory, about a third more time
     seed: int = 0
@@ -78,6 +83,7 @@ class DistilConfig:
         self._require("null_share", 0 <= self.null_share <= 1, "a share from 0 to 1")
         self._require("time", 0 < self.time <= 1, "a share above 0, up to 1")
         self._require("guidance_low", -math.inf < self.guidance_low <= self.guidance_high < math.inf, "low <= high")
+        self._require("nasa_low", 0 <= self.nasa_low <= self.nasa_high < math.inf, "0 <= low <= high")
         self._require("lowest_time", 0 <= self.lowest_time < self.highest_time <= 1, "0 <= lowest < highest <= 1")
         for rate in (self.learning_rate, self.fake_learning_rate):
             check_optimizer(self.optimizer, rate, self.scheduler, self.ema_decay)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.attach import Adapter, switched_to
+from ..attention_guidance import AttentionGuidance
 from ..denoiser import Conditioning, Denoiser
 from ..distillation import DMD, dmd_gradient, fake_weight, guided, student_loss, vsd_gradient
+from ..hosts.negative import NegativeDenoiser
 from ..losses import mse
 from ..noise import add_noise
 from ..one_step import answer_of
@@ -43,11 +45,16 @@ class Judged:
     scales: Tensor  # (b,) of guidance
     conditioning: Conditioning  # (b, …)
     null: Conditioning  # (b, …)
+    away: Conditioning  # (b, …) what the teacher is guided away from: null, or negative prompts
+    nasa: float = 0.0  # scale of the same in the student's attention
 
 
-def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
+def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, judged: Judged) -> Tensor:
     """x0 (b, c, h, w) in float32 of the student from unit noise, called at log_snr (b,). In ``acting_as(student)``."""
-    return answer_of(networks.denoiser, conditioning)(noise, log_snr)
+    denoiser = networks.denoiser
+    if judged.nasa:
+        denoiser = NegativeDenoiser(denoiser, AttentionGuidance("nasa", judged.nasa), judged.away)
+    return answer_of(denoiser, judged.conditioning)(noise, log_snr)
 
 
 @torch.no_grad()
@@ -56,21 +63,21 @@ def gradient(networks: Networks, x0: Tensor, judged: Judged, convention: str) ->
     denoiser = networks.denoiser
     x_t = add_noise(denoiser.process, x0, judged.eps, judged.log_snr)
     with networks.acting_as(None):
-        real = _guided(denoiser, x_t, judged)
+        real = _guided(denoiser, x_t, judged, judged.away)
     with networks.acting_as(networks.fake):
         if convention == DMD:
             fake = answer_of(denoiser, judged.conditioning)(x_t, judged.log_snr)
         else:
-            fake = _guided(denoiser, x_t, judged)
+            fake = _guided(denoiser, x_t, judged, judged.null)  # never the negative prompts: NASA-T, table 5
     apart = (real - fake).abs().mean()
     if convention == DMD:
         return dmd_gradient(x0, real, fake), apart
     return vsd_gradient(real, fake, denoiser.prediction, denoiser.process, judged.log_snr), apart
 
 
-def _guided(denoiser: Denoiser, x_t: Tensor, judged: Judged) -> Tensor:
-    """x0 as the network sees it, guided: null and prompt in one batch."""
-    both = {name: torch.cat([judged.null[name], value]) for name, value in judged.conditioning.items()}
+def _guided(denoiser: Denoiser, x_t: Tensor, judged: Judged, away: Conditioning) -> Tensor:
+    """x0 as the network sees it, guided: both texts in one batch."""
+    both = {name: torch.cat([away[name], value]) for name, value in judged.conditioning.items()}
     null, conditional = answer_of(denoiser, both)(x_t.repeat(2, 1, 1, 1), judged.log_snr.repeat(2)).chunk(2)
     return guided(null, conditional, judged.scales)
 

@@ -142,6 +142,24 @@ def test_a_tenth_of_the_fakes_lessons_has_no_prompt_and_none_where_it_is_not_gui
     assert empty_share(model) == 0
 
 
+def test_negative_prompts_reach_the_teacher_and_the_student_and_never_the_fake(monkeypatch):
+    from stylewright.training.loops import score_passes
+
+    told = []
+    monkeypatch.setattr(
+        score_passes, "NegativeDenoiser", lambda denoiser, guidance, away: told.append((guidance, away)) or denoiser
+    )
+    model, ugly = Timed(), encode(["ugly"])["context"]
+    run(on=model, steps=20, negative_prompts=("ugly",), nasa_high=0.5)
+    students, teachers, fakes, lessons = ([c for _, c in model.calls[part::4]] for part in range(4))
+    assert all(torch.equal(context[:4], ugly.expand(4, -1)) for context in teachers)
+    assert all(not context[:4].any() for context in fakes)
+    assert not any((context == ugly).all(1).any() for context in (*students, *lessons))
+    scales = [guidance.scale for guidance, _ in told]
+    assert len(scales) == 20 and max(scales) <= 0.5 and len(set(scales)) == 20
+    assert all(torch.equal(away["context"], ugly.expand(4, -1)) for _, away in told)
+
+
 def test_what_is_drawn_does_not_depend_on_interruptions_nor_on_global_generators(tmp_path):
     torch.manual_seed(1)
     first = run()
@@ -196,6 +214,7 @@ def test_events_tell_of_the_fake(tmp_path):
         ({"lowest_time": 0.99}, "lowest_time=0.99"),
         ({"convention": "vsd"}, "pg-sb, dmd"),
         ({"null_share": 1.5}, "null_share"),
+        ({"nasa_low": 2.0}, "nasa_low=2.0"),
         ({"fake_learning_rate": 0.0}, "fake_learning_rate"),
         ({"fake_rank": 0}, "fake_rank=0"),
     ],
