@@ -6,11 +6,10 @@ same in each, and the negative text goes through the blocks beside it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -23,40 +22,23 @@ LAYOUTS = {"flux": TEXT_FIRST, "sd3": IMAGE_FIRST, "pixart": CROSS, "sd15": CROS
 TOLD = ("context", "mask")  # of a conditioning, what is of the text alone; the rest is the positive prompt's
 
 
-@dataclass(frozen=True)
 class NegativeDenoiser:
-    """A denoiser with a negative prompt in its attention: one row for each of the batch."""
+    """A denoiser with a negative prompt in its attention.
 
-    denoiser: Denoiser
-    guidance: AttentionGuidance
-    negative: Conditioning  # (b, …), texts as long as the positive ones
+    ``negative``: a row for each of the batch, texts as long as the positive ones. ValueError for a family whose
+    attention is not known here.
+    """
 
-    def __post_init__(self) -> None:
-        if self.denoiser.family not in LAYOUTS:
+    def __init__(self, denoiser: Denoiser, guidance: AttentionGuidance, negative: Conditioning) -> None:
+        if denoiser.family not in LAYOUTS:
             raise ValueError(
-                f"No negative prompts inside the attention of {self.denoiser.family} models: expected one of "
+                f"No negative prompts inside the attention of {denoiser.family} models: expected one of "
                 f"{', '.join(LAYOUTS)}."
             )
-
-    @property
-    def family(self) -> str:
-        return self.denoiser.family
-
-    @property
-    def module(self) -> nn.Module:
-        return self.denoiser.module
-
-    @property
-    def process(self) -> str:
-        return self.denoiser.process
-
-    @property
-    def prediction(self) -> str:
-        return self.denoiser.prediction
-
-    @property
-    def log_snr_range(self) -> tuple[float, float]:
-        return self.denoiser.log_snr_range
+        self.denoiser, self.guidance, self.negative = denoiser, guidance, negative
+        self.family, self.module = denoiser.family, denoiser.module
+        self.process, self.prediction = denoiser.process, denoiser.prediction
+        self.log_snr_range = denoiser.log_snr_range
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction (b, c, h, w) in float32. ValueError where the texts differ in length."""
