@@ -99,8 +99,8 @@ def plain() -> list[io.Input]:
             options=list(METHODS),
             default="lora",
             tooltip=(
-                "Kind of adapter. lora loads everywhere; the others load in ComfyUI, and styleinject, which acts by "
-                "the input of each layer, with Load Style LoRA alone."
+                "Kind of adapter. lora loads everywhere; the others load in ComfyUI, and styleinject and bottleneck, "
+                "which are no changes of weights, with Load Style LoRA alone."
             ),
         ),
         io.Combo.Input("optimizer", options=list(OPTIMIZERS), default="adam", tooltip="adam is the paper's."),

@@ -16,6 +16,7 @@ from ...training.formats.layers import Layer
 from ...training.formats.layouts import to_native
 from ...training.formats.metadata import AdapterMetadata
 from ...training.windows import Window
+from .bottleneck import Bottleneck
 from .families import family_of
 from .noise_levels import levels_of
 from .patch_terms import Place
@@ -28,6 +29,7 @@ NETWORK = "diffusion_model."
 # method -> (layer of the file, place, what the file says, family, strength, the model's type) -> term
 TERMS: Mapping[str, Callable[[Layer, Place, AdapterMetadata, str, float, torch.dtype], Term]] = {
     "styleinject": StyleInject.of_layer,
+    "bottleneck": Bottleneck.of_layer,
 }
 
 
@@ -102,4 +104,4 @@ def _fits(module: Any, layer: Layer, rows: tuple[int, int] | None) -> bool:
     else:
         return False
     fits = layer.outputs == outputs if rows is None else sum(rows) <= outputs
-    return fits and layer.inputs == inputs
+    return fits and (layer.inputs == inputs or layer.method == "bottleneck")

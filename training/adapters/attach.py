@@ -15,7 +15,7 @@ from ..frozen import frozen_products, is_readable
 from ..randomness import generator
 from .deltas import recomputed_deltas
 from .initial import initialise, measure_magnitudes
-from .keys_values import Rows, keep_to, own_places, stacked_rows
+from .keys_values import Rows, keep_to_rows, stacked_rows
 from .low_rank import ADAPTER, low_rank_products
 from .methods import READS_WEIGHTS, STYLE_INJECT, AdapterConfig, check_kin, check_layers, peft_config
 from .routing import RoutingMeter
@@ -195,8 +195,7 @@ def attached_together(
             for layer in layers.values():
                 measure_magnitudes(layer)
             for name, rows in stacked.items():
-                second = tensors[f"{prefix}{name}.lora_B.weight"]
-                keep_to(second, own_places(rows, len(second), config.rank))
+                keep_to_rows(tensors, prefix + name, rows, config.rank)
             adapters[key] = Adapter(config, {prefix + name: each for name, each in layers.items()}, tensors, key)
         wrapped = [module.get_submodule(name) for name in plain]
         first = switched_to(next(iter(adapters.values())), adapters.values())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..bottleneck import DOWN_STD
 from ..style_inject import ROUTER_STD
 from .methods import AdapterConfig
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 # Zero at the start, so that the adapter does nothing: parts of peft's parameter names. The rest is drawn.
 # DoRA's magnitudes are measured afterwards.
 ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
-ZERO_AT_START |= {"styleinject_B", "styleinject_r"}
+ZERO_AT_START |= {"styleinject_B", "styleinject_r", "bottleneck_up"}
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def initialise(
     parts = set(name.split("."))
     if config.init == "gaussian" and parts & {"lora_A", "styleinject_A"}:
         drawn.normal_(std=1 / config.rank, generator=source)
+    elif "bottleneck_down" in parts:
+        nn.init.trunc_normal_(drawn, std=DOWN_STD, a=-2 * DOWN_STD, b=2 * DOWN_STD, generator=source)
     elif "styleinject_R" in parts:
         drawn.normal_(std=ROUTER_STD, generator=source)
     elif not parts & ZERO_AT_START:

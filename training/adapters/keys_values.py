@@ -3,7 +3,7 @@
 FineStyle adapts the kernels of keys and values (NeurIPS 2024, pp. 52937-52961). diffusers has a layer for each; the
 original layouts stack their rows in one, such as ``qkv``. There the two adapters are one LoRA of twice the rank,
 [0; B_k 0; 0 B_v] [A_k; A_v], whose zeros get no gradient: what is trained, and what it does, is the same in either
-layout.
+layout. Likewise two bottlenecks are one of twice the width.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 KV_TEXT, KV_BOTH = "kv_text", "kv_both"
 PRESETS = (KV_TEXT, KV_BOTH)  # of targets
-METHODS = ("lora", "rslora")  # whose second factor has a row for every output
+METHODS = ("lora", "rslora", "bottleneck")  # which have a part for every output
 
 # Ends of names: of layers for keys or values alone, and of those that stack them.
 SEPARATE = r"add_[kv]_proj|(?:\w*_)?to_[kv](?:_t)?(?:\.0)?|to_key|to_value|[kv]_proj|w[12]?[kv]|[kv]"
@@ -49,8 +49,19 @@ def own_places(rows: Rows, outputs: int, rank: int) -> Tensor:
     return places
 
 
-def keep_to(tensor: nn.Parameter, places: Tensor) -> None:
-    """Elsewhere the tensor gets no gradient, so that what is zero there stays so: weight decay does not move it."""
+def keep_to_rows(tensors: Mapping[str, nn.Parameter], layer: str, rows: Rows, rank: int) -> None:
+    """Two adapters of the rank in one, by the names of their tensors, on these rows of ``layer``."""
+    for name, turned in (("lora_B.weight", False), ("bottleneck_up", False), ("bottleneck_down", True)):
+        tensor = tensors.get(f"{layer}.{name}")
+        if tensor is not None:
+            outputs = tensor.shape[1 if turned else 0]
+            places = own_places(rows, outputs, rank)
+            _keep_to(tensor, places.T if turned else places)
+
+
+def _keep_to(tensor: nn.Parameter, places: Tensor) -> None:
+    """Elsewhere the tensor is zero, and gets no gradient, so that it stays so: weight decay does not move it."""
+    tensor.data = tensor.data * places.to(tensor)
     tensor.register_hook(lambda gradient: gradient * places.to(gradient))
 
 

@@ -71,7 +71,11 @@ class AdapterConfig:
 
 
 STYLE_INJECT = "styleinject"
-UNMERGEABLE = (STYLE_INJECT,)  # acts by the input, and is no change of weights: a file that only our loader can load
+BOTTLENECK = "bottleneck"
+UNMERGEABLE = (
+    STYLE_INJECT,
+    BOTTLENECK,
+)  # acts by the input, and is no change of weights: a file that only our loader can load
 READS_WEIGHTS = ("dora", "oft")  # needs the numbers of the frozen weights: to train, or to write files
 INITS = ("gaussian", "uniform")
 LORA_FAMILY = ("lora", "rslora", "dora")  # to peft one kind of layer, which may have several of them
@@ -131,7 +135,9 @@ def peft_config(
     found = METHODS[config.method](config, "|".join(map(re.escape, names)))
     if config.method == STYLE_INJECT:
         found.family = family  # tells what is known of prompts
-    if stacked:
+    if stacked and config.method == BOTTLENECK:
+        found.ranks = dict.fromkeys(stacked, 2 * config.rank)
+    elif stacked:
         # At twice the rank, the scale stays that of one: alpha/rank, for rslora alpha/sqrt(rank).
         factor = 2**0.5 if config.method == "rslora" else 2
         found.rank_pattern = {rf"\A{re.escape(name)}": 2 * config.rank for name in stacked}
@@ -193,6 +199,12 @@ def _style_inject(config: AdapterConfig, targets: str) -> "PeftConfig":
     )
 
 
+def _bottleneck(config: AdapterConfig, targets: str) -> "PeftConfig":
+    from .bottleneck_peft import BottleneckConfig
+
+    return BottleneckConfig(r=config.rank, alpha=config.scale_alpha, dropout=config.dropout, target_modules=targets)
+
+
 METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {
     "lora": _lora,
     "rslora": _rslora,  # arXiv 2312.03732
@@ -201,4 +213,5 @@ METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {
     "loha": _loha,  # arXiv 2108.06098
     "oft": _oft,  # arXiv 2306.07280
     STYLE_INJECT: _style_inject,  # arXiv 2401.13942
+    BOTTLENECK: _bottleneck,  # FineStyle, NeurIPS 2024
 }

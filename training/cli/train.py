@@ -55,7 +55,7 @@ HELP = {
     "text_encoder_learning_rate": "Trains the CLIP text encoders too, at this rate, for example 5e-6; 0 = not.",
     "dco_beta": "Of dco, for means over a sample: how soon better is enough. (default: 1 for flows, else 1000)",
     "text_encoder_targets": "Which of their layers: attention, or all (with the MLPs).",
-    "adapter.method": "lora, rslora, dora, lokr, loha, oft, styleinject.",
+    "adapter.method": "lora, rslora, dora, lokr, loha, oft, styleinject, bottleneck.",
     "adapter.rank": "Inner dimension of the adapter.",
     "adapter.alpha": "The adapter is scaled by alpha / rank. (default: the rank)",
     "adapter.targets": "A preset of layers, for example style.",

@@ -30,10 +30,11 @@ _NEEDED: tuple[tuple[str, tuple[frozenset[str], ...], frozenset[str]], ...] = (
     ),
     ("oft", (frozenset({"oft_R"}),), frozenset()),
     ("glora", (frozenset({"a1", "a2", "b1", "b2"}),), frozenset()),
+    ("bottleneck", (frozenset({"bottleneck_down", "bottleneck_up"}),), frozenset()),
     ("styleinject", (frozenset(f"styleinject_{part}" for part in "ABRr"),), frozenset()),
 )
 
-EXPECTED = "an adapter (LoRA, LoKr, LoHa, OFT or StyleInject)"
+EXPECTED = "an adapter (LoRA, LoKr, LoHa, OFT, StyleInject or bottleneck)"
 # As headers of safetensors files spell them.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}

@@ -7,7 +7,8 @@ loha: ``hada_w1_a`` (out, r), ``hada_w1_b`` (r, in) and the same with w2, or the
 lokr: ``lokr_w1`` (a, c) and ``lokr_w2`` (b, d[, k, k]), out = ab, in = cd, each whole or as a product ``_a`` ``_b``;
 oft: ``oft_R`` (blocks, n), the upper triangles of skew-symmetric blocks that rotate the layer's inputs;
 styleinject: ``styleinject_A`` (n, r, in[, k, k]), ``styleinject_B`` (out, r), and the router's ``styleinject_R``
-(n, in) and ``styleinject_r`` (n,).
+(n, in) and ``styleinject_r`` (n,);
+bottleneck: ``bottleneck_down`` (r, out) and ``bottleneck_up`` (out, r), behind the layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from torch import Tensor
 class Layer:
     """One layer's part of an adapter."""
 
-    method: str  # "lora", "loha", "lokr", "oft" or "styleinject"
+    method: str  # "lora", "loha", "lokr", "oft", "styleinject" or "bottleneck"
     tensors: Mapping[str, Tensor]
     scale: float = 1.0  # what the product of the tensors is multiplied by: alpha / rank
 
@@ -33,19 +34,23 @@ class Layer:
             return block_side(self.tensors["oft_R"].shape[1])
         if self.method == "styleinject":
             return self.tensors["styleinject_B"].shape[1]
+        if self.method == "bottleneck":
+            return len(self.tensors["bottleneck_down"])
         # Of LoKr's two products the second counts, as in ComfyUI and LyCORIS.
         inner = [self.tensors[name] for name in ("A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in self.tensors]
         return inner[0].shape[0] if inner else None
 
     @property
     def inputs(self) -> int:
-        """Input channels of the layer, times the kernel for some forms of a convolution."""
+        """Input channels of the layer, times the kernel for some forms of a convolution; a bottleneck's own input's."""
         tensors = self.tensors
         if self.method == "oft":
             return tensors["oft_R"].shape[0] * block_side(tensors["oft_R"].shape[1])
         if self.method == "lokr":
             return kronecker_side(tensors, "lokr_w1", 1) * kronecker_side(tensors, "lokr_w2", 1)
-        name = {"lora": "A", "styleinject": "styleinject_R"}.get(self.method, "hada_w1_b")
+        name = {"lora": "A", "styleinject": "styleinject_R", "bottleneck": "bottleneck_down"}.get(
+            self.method, "hada_w1_b"
+        )
         return tensors[name].shape[1]
 
     @property
@@ -58,7 +63,9 @@ class Layer:
             return kronecker_side(tensors, "lokr_w1", 0) * kronecker_side(tensors, "lokr_w2", 0)
         if "hada_t1" in tensors:
             return tensors["hada_w1_a"].shape[1]
-        name = {"lora": "B", "styleinject": "styleinject_B"}.get(self.method, "hada_w1_a")
+        name = {"lora": "B", "styleinject": "styleinject_B", "bottleneck": "bottleneck_up"}.get(
+            self.method, "hada_w1_a"
+        )
         return tensors[name].shape[0]
 
 
@@ -144,13 +151,14 @@ def kronecker_side(tensors: Mapping[str, Tensor], name: str, side: int) -> int:
 
 
 # Tensors whose first dimension is the layer's output.
-OUTPUT_ROWS = {"B", "magnitude", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a", "styleinject_B"}
+OUTPUT_ROWS = {"B", "magnitude", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a", "styleinject_B", "bottleneck_up"}
 # The tensor, of several that may be there, that the product is multiplied by a number with.
 SCALED = {
     "lora": ("B",),
     "loha": ("hada_w1_a",),
     "lokr": ("lokr_w1", "lokr_w1_a"),
     "styleinject": ("styleinject_B",),
+    "bottleneck": ("bottleneck_up",),
 }
 # Products outer @ inner that share one inner dimension.
 INNER = {"lora": (("B", "A"),), "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))}

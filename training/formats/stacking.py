@@ -20,6 +20,11 @@ def split(layer: Layer, parts: int, present: Sequence[bool] | None = None) -> tu
     """
     if layer.method == "oft":
         return (layer,) * parts
+    if layer.method == "bottleneck":
+        raise ValueError(
+            "this bottleneck was trained behind a layer that stacks several, as ComfyUI has them, and diffusers has "
+            "one for each: load it in ComfyUI, or train it in diffusers"
+        )
     sizes = [layer.inputs] * (parts - 1) + [layer.outputs - layer.inputs * (parts - 1)]
     ends = [sum(sizes[: index + 1]) for index in range(parts)]
     pieces = [rows(layer, range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.keys_values import PRESETS, Rows, rows_of
-from ..adapters.methods import STYLE_INJECT, AdapterConfig
+from ..adapters.methods import UNMERGEABLE, AdapterConfig
 from .adapters import LoadedAdapter
 from .layers import Layer
 from .resizing import Cut, resize_layer
@@ -145,7 +145,7 @@ def _require_method(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> 
         raise ValueError(
             f"{name} has {options}, and this run {config.options}: they cannot be changed, choose the same"
         )
-    fixed = config.method in ("oft", "lokr", STYLE_INJECT) or (config.method == "loha" and config.rank < loaded.rank)
+    fixed = config.method in ("oft", "lokr", *UNMERGEABLE) or (config.method == "loha" and config.rank < loaded.rank)
     if fixed and loaded.rank != config.rank:
         raise ValueError(
             f"{name} is a {loaded.method} adapter of rank {loaded.rank}, and this run has {config.rank}: the rank of "
@@ -159,7 +159,7 @@ def _scale(method: str, alpha: float, rank: int) -> float:
 
 def _rescaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     """The factor goes into one tensor of each layer."""
-    ends = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "styleinject_B")
+    ends = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "styleinject_B", "bottleneck_up")
     return {name: value * factor if name.endswith(ends) else value for name, value in state.items()}
 
 
