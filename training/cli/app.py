@@ -12,6 +12,7 @@ import typer
 
 from ..errors import TrainingError
 from .approximate import approximate
+from .crops import crops
 from .demo import demo
 from .density import density
 from .distill import distill
@@ -49,7 +50,7 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, distill, imitate, generate, density, inspect, convert, resize, approximate):
+for each in (demo, train, resume, distill, imitate, crops, generate, density, inspect, convert, resize, approximate):
     _add(each)
 
 app.add_typer(embedded, name="embedded")

@@ -1,0 +1,101 @@
+"""``stylewright crops``: one picture taken apart, as a folder to train on."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import Json, show
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..concepts.phrases import Phrases
+    from ..concepts.reference import Locate
+
+
+def crops(
+    picture: Annotated[Path, typer.Argument(help="The reference, one picture.")],
+    out: Annotated[Path, typer.Argument(help="A folder to make, with the whole picture, its crops and captions.")],
+    prompt: Annotated[str, typer.Option(help="What the whole picture shows and how it is drawn.")],
+    content: Annotated[list[str], typer.Option(help="A phrase of the prompt for something shown. Once for each.")],
+    style: Annotated[list[str], typer.Option(help="A phrase of the prompt for the style. Once for each.")],
+    mask: Annotated[list[str] | None, typer.Option(help="PHRASE=FILE: white where it is, instead of a search.")] = None,
+    model: Annotated[str, typer.Option(help="Finds phrases without a mask: embedded, or a model's path.")] = "embedded",
+    components: Annotated[
+        Path | None, typer.Option(help="For a single file: a diffusers folder of its family.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device, or auto.")] = "auto",
+    resolution: Annotated[int | None, typer.Option(help="At which the picture is looked at. Else the model's.")] = None,
+    whole_share: Annotated[float, typer.Option(help="Share of the samples that are the whole picture.")] = 0.4,
+    variants: Annotated[int, typer.Option(help="Crops of each box.")] = 4,
+    seed: Annotated[int, typer.Option(help="Draws noises and moves crops.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut out what a picture's prompt names (FineStyle); train on OUT/captions.jsonl with --caption-mode full."""
+    from ..concepts.boxes import BoxOptions
+    from ..concepts.crops import CropOptions
+    from ..concepts.drawing import draw_found
+    from ..concepts.phrases import read_phrases
+    from ..concepts.reference import find, items_found
+    from ..data.images import open_image, open_mask
+
+    pixels, phrases = open_image(picture), read_phrases(prompt, "\n".join(content), "\n".join(style))
+    masks = {phrase: open_mask(Path(file))[0] for phrase, file in map(_pair, mask or [])}
+    locate = None
+    if any(phrase not in masks for phrase in phrases.content):
+        locate = _locator(model, components, device, pixels, phrases, resolution, seed)
+    found = find(pixels, phrases, masks, locate, BoxOptions())
+    items = items_found(pixels, phrases, found, CropOptions(whole_share or None, variants), seed=seed)
+    if out.exists():
+        raise ValueError(f"{out} is there already: name a folder to make")
+    out.mkdir(parents=True)
+    lines = []
+    for number, item in enumerate(items):
+        file = f"{number:03d}.png"
+        _save(item.image, out / file)
+        lines.append(json.dumps({"file": file, "caption": item.caption, "repeats": item.repeats}))
+    (out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shown = out.with_name(f"{out.name}-found.png")
+    _save(draw_found(pixels, found), shown)
+    show(
+        {"folder": out, "picture": shown, "found": {each.phrase: str(each.crop) for each in found}},
+        [*map(str, found), f"wrote {out}; look at {shown}, then: stylewright train {out} --caption-mode full"],
+        as_json,
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    phrase, equals, file = text.rpartition("=")
+    if not (phrase and equals and file):
+        raise ValueError(f"the mask {text!r} is none: expected PHRASE=FILE, such as 'a woman=woman.png'")
+    return phrase, file
+
+
+def _locator(
+    model: str,
+    components: Path | None,
+    device: str,
+    picture: "Tensor",
+    phrases: "Phrases",
+    resolution: int | None,
+    seed: int,
+) -> "Locate":
+    from ..concepts.locate import Search, attention_maps
+    from ..concepts.reference import resized, size_to_look_at
+    from ..hosts.attention_maps import watch_of
+    from ..hosts.loading import load_host
+    from .train import device_of
+
+    host = load_host(model, device_of(device), components=components)
+    size = size_to_look_at(*picture.shape[1:], resolution or host.resolution, host.pixels_per_token)
+    seen = resized(picture, *size)
+    return lambda names: attention_maps(host, watch_of(host), seen, phrases.prompt, names, Search(seed=seed))
+
+
+def _save(picture: "Tensor", path: Path) -> None:
+    """(3, h, w) in [0, 1]."""
+    from PIL import Image
+
+    Image.fromarray((picture.movedim(0, -1) * 255).round().byte().numpy()).save(path)
