@@ -63,8 +63,8 @@ def judge(
     one_step: Tensor | None = None,  # log_snr (1,) at which a student is called instead
 ) -> Scores:
     """Draws every prompt once and scores the pictures."""
-    drawing = {"guidance_scale": guidance_scale, "steps": steps, "one_step": one_step}
-    pictures = draw(host, [prompt.text for prompt in prompts], seed=seed, **drawing)
+    texts = [prompt.text for prompt in prompts]
+    pictures = draw(host, texts, seed=seed, guidance_scale=guidance_scale, steps=steps, one_step=one_step)
     subjects = torch.tensor([prompt.subject for prompt in prompts])
     return score(oracle, pictures, subjects, [prompt.style for prompt in prompts])
 
@@ -80,11 +80,14 @@ def draw(
     batch: int = 50,
 ) -> Tensor:
     """Pictures (n, 3, 128, 128) in [0, 1], drawn in batches whose size changes nothing."""
-    drawing = {"guidance_scale": guidance_scale, "steps": steps, "one_step": one_step}
-    parts = [
-        generate(host, prompts[i : i + batch], seed=seed, first=i, **drawing) for i in range(0, len(prompts), batch)
-    ]
-    return torch.cat(parts)
+
+    def part(first: int) -> Tensor:
+        chosen = prompts[first : first + batch]
+        return generate(
+            host, chosen, seed=seed, first=first, guidance_scale=guidance_scale, steps=steps, one_step=one_step
+        )
+
+    return torch.cat([part(first) for first in range(0, len(prompts), batch)])
 
 
 def judge_truth(host: Host, oracle: Oracle, prompts: list[Prompt], *, seed: int, batch: int = 20) -> Scores:

@@ -73,7 +73,8 @@ def test_batches_are_parts_of_one_series(monkeypatch):
         pictures = evaluate.draw(None, list("abcdefg"), batch=batch, **options)
         assert pictures.flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert [size for size, _, _ in calls] == [2, 2, 2, 1, 3, 3, 1, 7]
-    assert all(seed == 5 and given == {"guidance_scale": 2.0, "steps": 9} for _, seed, given in calls)
+    wanted = {"guidance_scale": 2.0, "steps": 9, "one_step": None}
+    assert all(seed == 5 and given == wanted for _, seed, given in calls)
 
 
 @pytest.fixture(scope="module")
