@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ..adapters.attach import attached_to_parts
+from ..data.concepts import BASE
 from ..data.dataset import Dataset
 from ..denoiser import Conditioning, Denoiser
 from ..densities import stratified_uniform
@@ -86,6 +87,11 @@ def train(
     """
     require_alike(config_to_table(config), processes)
     device, share = torch.device(device), share_of(config, processes)
+    if processes.sharded and share.parts < processes.count and any(e.role == BASE for e in dataset.examples):
+        raise ValueError(
+            "Pictures that keep what the base model says take a pass more than others, and of a model in parts all "
+            "processes have to be in the same one: set accumulation to 1, and batch_size to a multiple of their number."
+        )
     check_weighting(config.weighting, denoiser.prediction, denoiser.process)
     law = law_of(denoiser, config)
     with ExitStack() as stack:

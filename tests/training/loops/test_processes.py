@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import stylewright
+from stylewright.training.data.dataset import Dataset
 from stylewright.training.formats.state import load_state
 from stylewright.training.loops.events import read_events
 from stylewright.training.loops.share import share_of
-from stylewright.training.processes import ALONE
+from stylewright.training.processes import ALONE, Processes
 
 WORKER = Path(__file__).with_name("one_of_two.py")
 CLOSE = {"rtol": 1e-5, "atol": 1e-9}
@@ -190,3 +192,13 @@ def test_the_shares_are_all_samples_once(work, batch_size, accumulation, count):
         assert share.parts * share.batch_size == batch_size
         assert share.part == (() if share.parts == 1 else (rank % share.parts,))
     assert sorted(seen) == [(micro, row) for micro in range(accumulation) for row in range(batch_size)]
+
+
+def test_a_model_in_parts_refuses_batches_that_take_different_passes(work):
+    """Where processes have batches of their own: they would wait for each other's blocks in vain."""
+    toy = work.TOYS.toy_dataset()
+    data = Dataset([*toy.examples, replace(toy.examples[0], role="base")], toy.null)
+    processes = Processes()
+    processes.count, processes.sharded = 2, True
+    with pytest.raises(ValueError, match="set accumulation to 1"):
+        work.train(processes, data, batch_size=2, accumulation=2)
