@@ -33,7 +33,7 @@ def crops(
     seed: Annotated[int, typer.Option(help="Draws noises and moves crops.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Cut out what a picture's prompt names (FineStyle); train on OUT/captions.jsonl with --caption-mode full."""
+    """Cut out what a picture's prompt names (FineStyle); then train --images OUT --caption-mode full."""
     from ..concepts.boxes import BoxOptions
     from ..concepts.crops import CropOptions
     from ..concepts.drawing import draw_found
@@ -61,7 +61,7 @@ def crops(
     _save(draw_found(pixels, found), shown)
     show(
         {"folder": out, "picture": shown, "found": {each.phrase: str(each.crop) for each in found}},
-        [*map(str, found), f"wrote {out}; look at {shown}, then: stylewright train {out} --caption-mode full"],
+        [*map(str, found), f"wrote {out}; look at {shown}, then: stylewright train --images {out} --caption-mode full"],
         as_json,
     )
 
