@@ -84,8 +84,8 @@ iteration (`--convention dmd`): the embedded model is usually drawn with guidanc
 guided pictures over. With one common scale for both networks (PG-SB) the student would go to the teacher's unguided
 pictures.
 
-It learned from prompts that name a style, or all four of its attributes. Of a prompt that leaves some out it draws a blur of
-what they might be, which its teacher does not.
+It learned from prompts that name a style, or all four of its attributes. Of a prompt that leaves some out it draws a
+blur of what they might be, which its teacher does not.
 
 Share of pictures in which the oracle sees what the prompt asked for:
 
