@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def generator(seed: int, *place: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(seed: int, *place: int | float | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one place in a run, for example ``generator(seed, "noise", step, rank)``.
 
     Neighbouring places get unrelated streams (the seed is a hash of all of them), and the global

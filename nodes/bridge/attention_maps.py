@@ -13,6 +13,7 @@ from torch import Tensor
 from ...training.concepts.locate import Search, Watch, attention_maps
 from ...training.concepts.maps import Recorder
 from ...training.concepts.reference import resized, size_to_look_at
+from .denoiser import ComfyDenoiser
 from .host import comfy_host
 from .kernels import OVERRIDE
 from .prompts import PROMPT, PromptTable
@@ -44,6 +45,7 @@ def phrase_maps(
     clone, sight = model.clone(), _Sight(model.model_options["transformer_options"].get(OVERRIDE))
     clone.model_options["transformer_options"][OVERRIDE] = sight
     host = comfy_host(clone, clip, vae, resolution=resolution)
+    assert isinstance(host.denoiser, ComfyDenoiser), "comfy_host makes one"
     host = replace(host, token_ids=_Tokens(clip, host.denoiser.prompts, prompt))
 
     @contextmanager

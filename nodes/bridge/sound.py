@@ -16,7 +16,7 @@ SIZES = {"SDXL": 6 * 256, "SDXLRefiner": 5 * 256}  # numbers for sizes, which UN
 TRANSLATE = ("LTXAVModel",)  # take texts of several widths
 
 
-def check_sound(named: Mapping[str, list]) -> None:
+def check_sound(named: Mapping[str, Sequence[Sequence[Any]]]) -> None:
     """ValueError names a conditioning that is empty, has no tokens or another form, or contains NaN or infinity."""
     for name, conditioning in named.items():
         if not conditioning:
@@ -32,7 +32,7 @@ def check_sound(named: Mapping[str, list]) -> None:
                     raise ValueError(f"{name} contains NaN or infinity ({what}): run the text encoder in float32")
 
 
-def check_fits(model: comfy.model_patcher.ModelPatcher, named: Mapping[str, list]) -> None:
+def check_fits(model: comfy.model_patcher.ModelPatcher, named: Mapping[str, Sequence[Sequence[Any]]]) -> None:
     """ValueError names a conditioning that another model's text encoder has made.
 
     Silent for models that other nodes work on, for there are some that translate the encodings of other encoders.

@@ -37,8 +37,12 @@ def stacked_rows(targets: Any, layers: Mapping[str, nn.Module]) -> dict[str, Row
     """Of those layers that stack keys and values, by name, where ``targets`` is a preset for these."""
     if targets not in PRESETS:
         return {}
-    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    return {name: rows for name, size in sizes.items() if (rows := rows_of(name, *size))}
+    return {name: rows for name, layer in layers.items() if (rows := rows_of(name, *_sides(layer)))}
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, whatever its weights are packed in."""
+    return layer.in_features, layer.out_features
 
 
 def own_places(rows: Rows, outputs: int, rank: int) -> Tensor:

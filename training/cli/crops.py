@@ -54,7 +54,7 @@ def crops(
     lines = []
     for number, item in enumerate(items):
         file = f"{number:03d}.png"
-        _save(item.image, out / file)
+        _save(item.image, out / file)  # ty: ignore[invalid-argument-type]
         lines.append(json.dumps({"file": file, "caption": item.caption, "repeats": item.repeats}))
     (out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shown = out.with_name(f"{out.name}-found.png")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.attach import Adapter
-from ..denoiser import Conditioning
+from ..denoiser import Conditioning, Denoiser
 from ..guidance import Guidance
 from ..noise import gaussian
 from ..one_step import answer_of, first_input
@@ -56,7 +56,8 @@ def generate(
         answer, fed = answer_of(host.denoiser, conditioning(prompts)), first_input(process, noise, one_step)
         drawn = draw(answer, fed, noise, process=process, log_snrs=one_step.to(host.device))
         return host.decode_latents(drawn).cpu()
-    denoiser, asked, null = host.denoiser, conditioning(prompts), None
+    denoiser: Denoiser = host.denoiser
+    asked, null = conditioning(prompts), None
     if guidance is not None:
         if adapter is None:
             raise ValueError("a rule that tells a model with an adapter from one without needs an adapter: give one")

@@ -120,6 +120,7 @@ class Shift:
             return denoiser(x_t, log_snr, {"mean": conditioning["mean"] + self.on})
 
         shifted.process = shifted.prediction = "flow"
+        shifted.family, shifted.module, shifted.log_snr_range = "world", None, (-20, 20)
         return replace(self.world.host(), denoiser=shifted)
 
 
