@@ -283,16 +283,18 @@ def draw(out: Path, path: Path) -> None:
     rows = read(out)
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for number, method in enumerate(METHODS):
+    points = [(method, "cfg", method) for method in METHODS]
+    points.append(("FineStyle", "1 2", "FineStyle, guided by l1 = 1, l2 = 2 (first seed)"))
+    for number, (method, rule, label) in enumerate(points):
         colour = colormaps["tab10"](number)
-        found = {name: mean_interval(list(values(rows, method, "cfg", name).values())) for name in SCORES}
+        found = {name: mean_interval(list(values(rows, method, rule, name).values())) for name in SCORES}
         half = {name: [[i.mean - i.low], [i.high - i.mean]] for name, i in found.items()}
         x, y, z = (found[name].mean for name in ("subject", "style", "leakage"))
-        left.errorbar(x, y, half["style"], half["subject"], fmt="o", color=colour, label=method, capsize=2)
+        left.errorbar(x, y, half["style"], half["subject"], fmt="o", color=colour, label=label, capsize=2)
         middle.errorbar(z, y, half["style"], half["leakage"], fmt="o", color=colour, capsize=2)
-    left.set(xlabel="subject: the asked one is drawn", ylabel="style: as in the reference")
-    middle.set(xlabel="leakage: a subject of the reference, unasked", ylabel="style")
-    left.legend(fontsize=7, loc="lower left")
+    left.set(xlabel="subject: the asked one is drawn", ylabel="style: as in the reference", ylim=(0.2, 1.15))
+    middle.set(xlabel="leakage: a subject of the reference, unasked", ylabel="style", ylim=(0.2, 1.15))
+    left.legend(fontsize=7, loc="upper left")
     for l2 in sorted({l2 for _, l2 in GRID}):
         scales = [l1 for l1, other in GRID if other == l2]
         for name, line in (("style", "-"), ("leakage", ":"), ("subject", "--")):
@@ -301,8 +303,8 @@ def draw(out: Path, path: Path) -> None:
             ]
             colour = colormaps["viridis"](0.2 * l2)
             right.plot(scales, means, line, marker="o", markersize=3, color=colour, label=f"{name}, l2 = {l2:g}")
-    right.set(xlabel="FineStyle's l1 (more of what the adapter changes)", ylim=(0, 1.02))
-    right.legend(fontsize=6, ncols=3)
+    right.set(xlabel="FineStyle's l1 (more of what the adapter changes)", ylim=(0, 1.1))
+    right.legend(fontsize=7, ncols=3, loc="upper center")
     figure.savefig(path, dpi=110)
 
 
