@@ -9,7 +9,7 @@ pytestmark = pytest.mark.comfy
 OURS = {
     "NASANegativeAttention", "OneStepSampler", "OneStepSamplerParts", "PromptSwitchByLogSNR", "CFGByLogSNR",
     "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleGuider", "StyleLoRALoader",
-    "StyleLoRAResize", "StylewrightEmbeddedModel", "StylewrightReference",
+    "StyleLoRAResize", "StyleInjectToLoRA", "ConceptCrops", "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip
 PACK = "any_name-v1.2"  # the folder in custom_nodes
 

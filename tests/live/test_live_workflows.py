@@ -152,35 +152,6 @@ def test_the_quick_start_runs_as_shipped(quick_start, server):
     assert [path.name for path in saved] == ["quick_start_00001_.safetensors"]
 
 
-def test_style_inject_runs_as_shipped_and_says_what_its_routers_do(server, repository, shipped_weights):
-    from workflow_api import to_prompt
-
-    prompt = to_prompt(workflows(repository)["style_inject.json"], server.info)
-    trainer = next(node for node in prompt.values() if node["class_type"] == "StyleFriendlySNRTrainer")
-    trainer["inputs"] |= {"steps": 10, "sample_every": 0}  # the rest is as it is
-    result = server.run(prompt)
-    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
-    (saved,) = (server.base / "models" / "loras" / "stylewright").glob("style_inject_*.safetensors")
-    with safe_open(saved, framework="pt") as file:
-        header = file.metadata()
-    assert header["stylewright.mergeable"] == "false"
-    layers = json.loads(header["stylewright.routing"])["layers"]
-    assert len(layers) > 10 and f"{saved.name}: {len(layers)} layers\n" in server.text
-
-
-def test_style_guidance_runs_as_shipped_and_says_what_it_weighs(server, repository, shipped_weights):
-    from workflow_api import to_prompt
-
-    prompt = to_prompt(workflows(repository)["style_guidance.json"], server.info)
-    for node in prompt.values():  # the rest is as it is
-        node["inputs"] |= {"steps": 4} if node["class_type"] in ("StyleFriendlySNRTrainer", "BasicScheduler") else {}
-    result = server.run(prompt)
-    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
-    guided, plain = (output["images"] for output in result["outputs"].values() if len(output.get("images", [])) == 4)
-    assert guided[0]["type"] != plain[0]["type"]
-    assert "FineStyle: 4 adapted(positive) -2 adapted(negative) -1 base(positive); 3 predictions a call" in server.text
-
-
 def test_the_progress_comes_over_the_websocket_and_stays_in_the_history(quick_start, server):
     prompt, result = quick_start
     (trainer,) = (id for id, node in prompt.items() if node["class_type"] == "StyleFriendlySNRTrainer")
@@ -263,3 +234,33 @@ def test_finestyle_runs_as_shipped_on_keys_and_values(server, repository, shippe
         rows = rows_of(name, layer.inputs, len(b))
         queries = b[: rows[0].start] if rows else b if name.endswith(("to_q", "add_q_proj")) else b[:0]
         assert b.any() and not queries.any(), name
+
+
+def test_style_inject_runs_as_shipped_and_says_what_its_routers_do(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["style_inject.json"], server.info)
+    trainer = next(node for node in prompt.values() if node["class_type"] == "StyleFriendlySNRTrainer")
+    trainer["inputs"] |= {"steps": 10, "sample_every": 0}  # the rest is as it is
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    loras = server.base / "models" / "loras" / "stylewright"
+    (saved,) = loras.glob("style_inject_[0-9]*.safetensors")  # not what StyleInject to LoRA made of it
+    with safe_open(saved, framework="pt") as file:
+        header = file.metadata()
+    assert header["stylewright.mergeable"] == "false"
+    layers = json.loads(header["stylewright.routing"])["layers"]
+    assert len(layers) > 10 and f"{saved.name}: {len(layers)} layers\n" in server.text
+
+
+def test_style_guidance_runs_as_shipped_and_says_what_it_weighs(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["style_guidance.json"], server.info)
+    for node in prompt.values():  # the rest is as it is
+        node["inputs"] |= {"steps": 4} if node["class_type"] in ("StyleFriendlySNRTrainer", "BasicScheduler") else {}
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    guided, plain = (output["images"] for output in result["outputs"].values() if len(output.get("images", [])) == 4)
+    assert guided[0]["type"] != plain[0]["type"]
+    assert "FineStyle: 4 adapted(positive) -2 adapted(negative) -1 base(positive); 3 predictions a call" in server.text

@@ -39,7 +39,7 @@ def test_what_is_wrong_with_a_file_is_said(loras):
     save_file({"some.weight": torch.rand(2, 2)}, loras / "other.safetensors")
     cut = outline("cut.safetensors")
     assert cut["failed"] and cut["text"].startswith("cut.safetensors is cut off")
-    assert outline("other.safetensors")["failed"] and "holds no adapter" in outline("other.safetensors")["text"]
+    assert outline("other.safetensors")["failed"] and "is not an adapter" in outline("other.safetensors")["text"]
 
 
 @pytest.mark.parametrize(
