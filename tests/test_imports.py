@@ -165,7 +165,7 @@ def above(found: Import) -> bool:
 def heavy_at_import(found: Import) -> bool:
     allowed = COMMAND_LINE if found.file.startswith("training/cli/") else set()
     if found.relative:  # methods of our own have peft's classes for a base
-        return found.at_import and found.target.endswith(OWN_METHODS)
+        return found.at_import and found.target.endswith(OWN_METHODS) and not found.file.endswith(OWN_METHODS)
     if found.file.startswith("training/adapters/") and found.file.endswith(OWN_METHODS):
         allowed = {"peft"}
     return found.at_import and found.package in (HEAVY | COMMAND_LINE) - allowed

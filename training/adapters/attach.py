@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..frozen import frozen_products, is_readable
 from ..randomness import generator
 from .deltas import recomputed_deltas
+from .global_draws import cuda_devices, global_draws
 from .initial import initialise, measure_magnitudes
 from .keys_values import Rows, keep_to_rows, stacked_rows
 from .low_rank import ADAPTER, low_rank_products
@@ -119,7 +120,7 @@ class Adapter:
             yield
             return
         with ExitStack() as stack:
-            stack.enter_context(_global_draws(self.parameters(), source))
+            stack.enter_context(global_draws(self.parameters(), source))
             for layer in self._layers:
                 stack.callback(layer.train, layer.training)
                 layer.train()
@@ -314,7 +315,7 @@ def _inject(
     from peft import inject_adapter_in_model
 
     shown = stand_ins(module, names)
-    with torch.random.fork_rng(_cuda_devices(module.parameters())), warnings.catch_warnings():
+    with torch.random.fork_rng(cuda_devices(module.parameters())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of one that we put beside it
         inject_adapter_in_model(peft_config(config, names, stacked, family), module, key)
     layers: dict[str, Any] = {name: module.get_submodule(name) for name in names}
@@ -337,19 +338,3 @@ def _tensors(module: nn.Module, layers: dict[str, "BaseTunerLayer"], key: str) -
         if parameter.requires_grad
     }
     return get_peft_model_state_dict(module, state_dict=inside, adapter_name=key, save_embedding_layers=False)
-
-
-@contextmanager
-def _global_draws(near: Iterable[Tensor], source: torch.Generator) -> Iterator[None]:
-    """Inside, torch's global generators of the CPU and of these tensors' devices continue from ``source``."""
-    devices = _cuda_devices(near)
-    seed = int(torch.randint(2**62, (), generator=source))
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        yield
-
-
-def _cuda_devices(tensors: Iterable[Tensor]) -> list[torch.device]:
-    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)

@@ -1,16 +1,16 @@
 """FineStyle's bottleneck (:mod:`..bottleneck`) as a method of peft. Imported where it is used, for it imports peft."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..bottleneck import DOWN_STD, bottleneck
-from .peft_registry import register
+from .tuner_peft import WrappingTuner, is_convolution, register
 
 NAME = "bottleneck"
 
@@ -47,7 +47,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: BottleneckConfig, name: str) -> None:
         """One more adapter on this layer."""
         base: Any = self.get_base_layer()
-        features, width = base.out_channels if _is_convolution(base) else base.out_features, config.r
+        features, width = base.out_channels if is_convolution(base) else base.out_features, config.r
         width = config.ranks.get(name, width)
         self.bottleneck_down[adapter_name] = nn.Parameter(torch.randn(width, features) * DOWN_STD)
         self.bottleneck_up[adapter_name] = nn.Parameter(torch.zeros(features, width))
@@ -60,7 +60,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        total, channels = result, 1 if _is_convolution(self.get_base_layer()) else -1
+        total, channels = result, 1 if is_convolution(self.get_base_layer()) else -1
         for name in self.active_adapters:
             if name in self.bottleneck_down:
                 y = self.bottleneck_dropout[name](result)
@@ -69,36 +69,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return total
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(WrappingTuner):
     """Puts :class:`BottleneckLayer` around the layers that a :class:`BottleneckConfig` names."""
 
     prefix = f"{NAME}_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **unused: Any,
-    ) -> None:
-        if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
-            return
-        if not isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d):
-            raise ValueError(f"a bottleneck is behind linear layers and convolutions: {current_key} is {type(target)}")
-        layer = BottleneckLayer(target, adapter_name, peft_config, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-
-def _is_convolution(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv1d | nn.Conv2d)
 
 
 register(NAME, BottleneckConfig, BottleneckModel)

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..style_inject import ROUTER_STD, Factors, style_injected
-from .peft_registry import register
 from .text_tokens import counted_tokens, reads_text
+from .tuner_peft import WrappingTuner, is_convolution, register
 
 NAME = "styleinject"
 
@@ -53,13 +53,13 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         self.watch: Callable[[Tensor], None] | None = None  # gets the routing (b, n) of every call that learns
         self.observe: Callable[[Tensor, Tensor], None] | None = None  # gets the input, and what is added to the output
         self._reads_text, self._family = reads_text(name), config.family
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, name)
 
-    def update_layer(self, adapter_name: str, config: StyleInjectConfig) -> None:
+    def update_layer(self, adapter_name: str, config: StyleInjectConfig, name: str) -> None:
         """One more adapter on this layer."""
         base: Any = self.get_base_layer()
         n, r = config.branches, config.r
-        if _is_convolution(base):
+        if is_convolution(base):
             inputs, outputs, kernel = base.in_channels, base.out_channels, tuple(base.kernel_size)
         else:
             inputs, outputs, kernel = base.in_features, base.out_features, ()
@@ -79,7 +79,7 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return result
         base: Any = self.get_base_layer()
-        convolve = partial(_convolve, base) if _is_convolution(base) else None
+        convolve = partial(_convolve, base) if is_convolution(base) else None
         counted = counted_tokens(x, self._family) if self._reads_text else None
         total = result
         for name in self.active_adapters:
@@ -104,38 +104,11 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
         return Factors(*(getattr(self, each)[name] for each in self.adapter_layer_names))
 
 
-class StyleInjectModel(BaseTuner):
+class StyleInjectModel(WrappingTuner):
     """Puts :class:`StyleInjectLayer` around the layers that a :class:`StyleInjectConfig` names."""
 
     prefix = f"{NAME}_"
     tuner_layer_cls = StyleInjectLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-
-    def _create_and_replace(
-        self,
-        peft_config: StyleInjectConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **unused: Any,
-    ) -> None:
-        if isinstance(target, StyleInjectLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        if not isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d):
-            raise ValueError(
-                f"StyleInject adapts linear layers and convolutions, and {current_key} is a {type(target)}"
-            )
-        layer = StyleInjectLayer(target, adapter_name, peft_config, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-
-def _is_convolution(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv1d | nn.Conv2d)
 
 
 def _convolve(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
