@@ -19,11 +19,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
-import multiprocessing
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ from package import load_package
 load_package()
 
 import torch  # noqa: E402
+from sweep import read, run, shown  # noqa: E402
 
 from stylewright.training.adapters.methods import AdapterConfig  # noqa: E402
 from stylewright.training.data.encoding import encode  # noqa: E402
@@ -114,25 +111,6 @@ def measure(arm: Arm) -> dict[str, dict[str, float]]:
     return scores
 
 
-def run(out: Path, styles: int, seeds: int, workers: int) -> None:
-    """Runs every arm that is not in ``runs.jsonl`` yet."""
-    done = {Arm(**row["arm"]) for row in read(out)}
-    missing = [arm for arm in arms(styles, seeds) if arm not in done]
-    out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(measure, arm): arm for arm in missing}
-        for number, future in enumerate(as_completed(running), start=1):
-            row = {"arm": dataclasses.asdict(running[future]), "scores": future.result()}
-            with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{number} of {len(missing)}: {running[future]}", file=sys.stderr)
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    path = out / "runs.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def report(out: Path) -> str:
     """Means with 95 % intervals over the arms, by law and number of steps, and the difference to SD3's law."""
     rows = read(out)
@@ -158,13 +136,6 @@ def scores(rows: list[dict[str, Any]], law: str, step: int, name: str) -> dict[t
 
 def interval(rows: list[dict[str, Any]], law: str, step: int, name: str) -> Interval:
     return mean_interval(list(scores(rows, law, step, name).values()))
-
-
-def shown(values: list[float]) -> str:
-    if len(values) < 2:
-        return "-"
-    mean = mean_interval(values)
-    return f"{mean.mean:.3f} +-{mean.high - mean.mean:.3f}"
 
 
 def draw(out: Path, path: Path) -> None:
@@ -204,7 +175,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw it, too")
     options = parser.parse_args()
     if not options.report:
-        run(options.out, options.styles, options.seeds, options.workers)
+        run(options.out, list(arms(options.styles, options.seeds)), measure, options.workers)
     print(report(options.out))
     if options.figure:
         draw(options.out, options.figure)

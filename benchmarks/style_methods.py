@@ -22,11 +22,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
-import multiprocessing
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ load_package()
 
 import torch  # noqa: E402
 from presence import Presence, load_presence  # noqa: E402
+from sweep import read, run, shown  # noqa: E402
 
 from stylewright.training.adapters.attach import attached  # noqa: E402
 from stylewright.training.adapters.methods import AdapterConfig  # noqa: E402
@@ -56,7 +53,7 @@ from stylewright.training.hosts.generate import generate  # noqa: E402
 from stylewright.training.hosts.host import Host  # noqa: E402
 from stylewright.training.loops.config import TrainConfig  # noqa: E402
 from stylewright.training.loops.train import train  # noqa: E402
-from stylewright.training.metrics import leakage, mean_interval  # noqa: E402
+from stylewright.training.metrics import harmonic_mean, leakage, mean_interval  # noqa: E402
 from stylewright.training.randomness import generator  # noqa: E402
 
 FREE_WORD = "<v0>"
@@ -145,8 +142,8 @@ def items_for(reference: Several, method: Method, seed: int) -> list[Item]:
     return items_of(reference.picture, phrases, crops, CropOptions())
 
 
-def measure(arm: Arm, presence: Path, with_grid: bool) -> dict[str, dict[str, float]]:
-    """Scores under CFG, and under every pair of scales of the grid where it is asked for: with the first seed."""
+def measure(presence: Path, arm: Arm) -> dict[str, dict[str, float]]:
+    """Scores under CFG, and under every pair of scales of the grid for FineStyle with the first seed."""
     host, oracle, seer = model(presence)
     reference, method = reference_of(arm), METHODS[arm.method]
     shown = [SUBJECTS.index(name) for name in reference.subjects]
@@ -176,7 +173,7 @@ def measure(arm: Arm, presence: Path, with_grid: bool) -> dict[str, dict[str, fl
     found = {"before": judged(guidance_scale=GUIDANCE)} if arm.method == next(iter(METHODS)) else {}
     trained = train(host.denoiser, dataset, config, run_dir=None)
     rules: dict[str, Guidance] = {"cfg": cfg(GUIDANCE)}
-    if with_grid:
+    if arm.method == "FineStyle" and not arm.rate and not arm.seed:
         rules |= {f"{l1:g} {l2:g}": finestyle(l1, l2) for l1, l2 in GRID}
     with attached(host.denoiser.module, config.adapter, family=host.denoiser.family, seed=arm.seed) as adapter:
         adapter.load_state_dict(trained.adapter_state)
@@ -191,35 +188,12 @@ def scores_of(
     named = torch.tensor(asked)[:, None] == subjects
     leaked = leakage(seer(pictures), torch.isin(subjects, torch.tensor(shown)), named)
     style, subject = float(scores.style_share.mean()), float(scores.subject.float().mean())
-    return {"style": style, "subject": subject, "leakage": float(leaked.mean()), "both": harmonic(style, subject)}
-
-
-def harmonic(style: float, subject: float) -> float:
-    return 2 * style * subject / (style + subject) if style + subject else 0.0
-
-
-def run(out: Path, wanted: Sequence[Arm], workers: int) -> None:
-    """Runs every arm that is not in ``runs.jsonl`` yet."""
-    out.mkdir(parents=True, exist_ok=True)
-    presence = out / "presence.safetensors"
-    load_presence(presence)
-    done = {Arm(**row["arm"]) for row in read(out)}
-    missing = [arm for arm in wanted if arm not in done]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        running = {
-            pool.submit(measure, arm, presence, arm.method == "FineStyle" and not arm.rate and not arm.seed): arm
-            for arm in missing
-        }
-        for number, future in enumerate(as_completed(running), start=1):
-            row = {"arm": dataclasses.asdict(running[future]), "scores": future.result()}
-            with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{number} of {len(missing)}: {running[future]}", file=sys.stderr)
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    path = out / "runs.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {
+        "style": style,
+        "subject": subject,
+        "leakage": float(leaked.mean()),
+        "both": float(harmonic_mean(style, subject)),
+    }
 
 
 SCORES = ("style", "subject", "both", "leakage")
@@ -235,7 +209,8 @@ def report(out: Path) -> str:
     """Means with 95 % intervals over styles and seeds, differences to LoRA in pairs, and the grid."""
     rows = read(out)
     first = next(iter(METHODS))
-    lines = [f"{len(rows)} runs of {RECIPE.steps} steps; mean and half the 95 % interval over styles and seeds", ""]
+    count = sum(not row["arm"]["rate"] for row in rows)
+    lines = [f"{count} runs of {RECIPE.steps} steps; mean and half the 95 % interval over styles and seeds", ""]
     lines += [f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
     for method, rule in [(first, "before"), *((method, "cfg") for method in METHODS)]:
         cells = [shown(list(values(rows, method, rule, name).values())) for name in SCORES]
@@ -266,13 +241,6 @@ def report_rates(out: Path) -> str:
             cells.append(f"{means[0]:.2f} / {means[1]:.2f}" if mine else "-")
         lines.append(f"{method:24}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
-
-
-def shown(numbers: list[float]) -> str:
-    if len(numbers) < 2:
-        return "-"
-    mean = mean_interval(numbers)
-    return f"{mean.mean:.3f} +-{mean.high - mean.mean:.3f}"
 
 
 def draw(out: Path, path: Path) -> None:
@@ -331,7 +299,10 @@ def main() -> None:
         print(parameters())
         return
     if not options.report:
-        run(options.out, list(rate_arms() if options.rates else arms(options.seeds)), options.workers)
+        presence = options.out / "presence.safetensors"
+        load_presence(presence)  # once, not in each process
+        wanted = list(rate_arms() if options.rates else arms(options.seeds))
+        run(options.out, wanted, functools.partial(measure, presence), options.workers)
     print(report_rates(options.out) if options.rates else report(options.out))
     if options.figure:
         draw(options.out, options.figure)
