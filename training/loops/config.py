@@ -9,6 +9,7 @@ from ..adapters.methods import UNMERGEABLE, AdapterConfig
 from ..adapters.targets import TEXT_TARGETS
 from ..density_presets import DensityConfig, preset_density
 from ..losses import CHOICES as LOSS_CHOICES
+from ..losses import DCO
 from ..weightings import WEIGHTINGS
 from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_rates
 from .tables import from_table, to_table
@@ -96,6 +97,8 @@ class TrainConfig:
             _require(self, name, getattr(self, name) in table, f"one of {', '.join(table)}")
         states_beta = self.dco_beta is None or 0 < self.dco_beta < math.inf
         _require(self, "dco_beta", states_beta, "a positive number, for example 1000, or nothing for the published one")
+        acts = self.dco_beta is None or self.loss == DCO
+        _require(self, "dco_beta", acts, f"0 or nothing with the loss {self.loss}, where it has no effect: see {DCO}")
         _require(self, "learning_rate", 0 < self.learning_rate < math.inf, "a positive number, for example 1e-4")
         _require(self, "warm_up", 0 <= self.warm_up < self.steps, f"0 or more, and less than steps={self.steps}")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1, for example 0.99")

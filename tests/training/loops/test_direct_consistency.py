@@ -162,3 +162,9 @@ def test_the_second_pass_costs_arithmetic_and_keeps_no_activations(denoiser, dat
             loop.train(denoiser, dataset, make_config(loss=loss, steps=1), run_dir=None)
     assert 1.2 < costs["dco"].flops / costs["mse"].flops < 1.6
     assert costs["dco"].peak < 1.2 * costs["mse"].peak
+
+
+def test_a_beta_that_would_have_no_effect_is_refused():
+    with pytest.raises(ValueError, match=r"dco_beta=500.*no effect"):
+        TrainConfig(loss="mse", dco_beta=500.0)
+    assert TrainConfig(loss="dco", dco_beta=500.0).dco_beta == 500
