@@ -7,6 +7,7 @@ Everything drawn is a function of (seed, step) and drawn for a whole step, so th
 so that a step is the same whether its samples come in one batch, in several, or on several processes.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from ..densities import stratified_uniform
 from ..distillation import DMD, guidance_scales
 from ..formats.keys import UNET_LAYERS
 from ..formats.metadata import AdapterMetadata
+from ..formats.starting import Start
 from ..noise import gaussian
 from ..one_step_presets import one_step_of
 from ..processes import ALONE, Processes
@@ -38,10 +40,12 @@ from .learner import Learner
 from .meter import Meter
 from .recorder import Recorder
 from .saving import ALL, Saving
-from .score_passes import Judged, Networks, gradient, learn_fake, learn_student, pictures
+from .score_passes import Against, Judged, Networks, gradient, learn_fake, learn_student, pictures
 from .share import require_alike, share_of
 from .subject import Subject, kind_of, with_weights_at_hand
 from .tables import to_table
+
+logger = logging.getLogger(__name__)
 
 STUDENT, FAKE = "student", "fake"
 
@@ -52,6 +56,7 @@ class DistilResult:
 
     adapter_state: dict[str, Tensor]  # of the student: peft's names, float32 on the CPU, averaged where it is
     history: list[Event]
+    losses: list[float]  # the student's mean of each step
     steps_done: int
     path: Path | None  # of the student's file
 
@@ -73,6 +78,9 @@ def distil(
     unet_layers: int = UNET_LAYERS,
     resolution: int | None = None,  # side in pixels of a square of the same area, for the student's file
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
+    saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
+    start: Start | None = None,  # a student to begin with; None = the teacher
+    against: Against | None = None,  # how negative prompts come into the student; None = as in a diffusers model
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
 ) -> DistilResult:
     """Trains a student on a frozen denoiser, which is afterwards what it was before.
@@ -94,16 +102,19 @@ def distil(
             attached_together(denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device)
         )
         student, fake = adapters[STUDENT], adapters[FAKE]
-        saving = Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
+        if start is not None:
+            student.load_state_dict(start.joined(student.state_dict()))
+            logger.info(start.said)
+        saving = saving or Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
         stack.enter_context(saving.applied(denoiser.module, device))
-        networks = Networks(denoiser, student, fake, config.precision)
+        networks = Networks(denoiser, student, fake, config.precision, against, device.type)
         taught = Learner(fake, config.fake_rates)
         learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
+        begun = {} if start is None else {"start": start.digest}
+        about = replace(_about(denoiser, config), started_from="" if start is None else start.name)
         subject = Subject(
-            identity={"model": kind_of(denoiser), "prompts": prompts.fingerprint(), **(identity or {})},
-            about=replace(
-                _about(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution
-            ),
+            identity={"model": kind_of(denoiser), "prompts": prompts.fingerprint(), **begun, **(identity or {})},
+            about=replace(about, base_model=base_model, unet_layers=unet_layers, resolution=resolution),
             weights=lambda name: base_weight(student.layer(name)),
         )
         require_alike(subject.identity, processes)
@@ -146,7 +157,9 @@ def distil(
                     meter.note("fake_norm", clip_grad_norm_(taught.parameters, config.clip_norm or math.inf))
                     _update(taught)
             recorder.observe(report, sample)
-        return DistilResult(learner.result(), recorder.history, learner.step, run.adapter if run else None)
+        return DistilResult(
+            learner.result(), recorder.history, learner.losses, learner.step, run.adapter if run else None
+        )
 
 
 def _update(learner: Learner) -> None:

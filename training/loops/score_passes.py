@@ -1,8 +1,9 @@
 """The passes of one iteration of score distillation: the student's pictures, their gradient, the fake's lesson."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ..noise import add_noise
 from ..one_step import answer_of
 from ..predictions import target
 
+# The denoiser with negative prompts, a row for each of the batch, inside its attention.
+Against = Callable[[AttentionGuidance, Conditioning], Denoiser]
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -26,12 +30,13 @@ class Networks:
     student: Adapter
     fake: Adapter
     precision: str = "float32"
+    against: Against | None = None  # None = as diffusers' models are reached
+    device: str = "cpu"  # type of the one that computes
 
     @contextmanager
     def acting_as(self, adapter: Adapter | None) -> Iterator[Denoiser]:
         """Inside, the network is the student, the fake, or with None the teacher."""
-        device = next(self.denoiser.module.parameters()).device.type
-        bfloat16 = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        bfloat16 = torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
         with switched_to(adapter, (self.student, self.fake)), bfloat16:
             yield self.denoiser
 
@@ -53,7 +58,8 @@ def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, judged: Judged)
     """x0 (b, c, h, w) in float32 of the student from unit noise, called at log_snr (b,). In ``acting_as(student)``."""
     denoiser = networks.denoiser
     if judged.nasa:
-        denoiser = NegativeDenoiser(denoiser, AttentionGuidance("nasa", judged.nasa), judged.away)
+        against = networks.against or partial(NegativeDenoiser, denoiser)
+        denoiser = against(AttentionGuidance("nasa", judged.nasa), judged.away)
     return answer_of(denoiser, judged.conditioning)(noise, log_snr)
 
 

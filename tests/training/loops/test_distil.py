@@ -11,7 +11,9 @@ from stylewright.training.clocks import FlowClock
 from stylewright.training.data.prompts import Prompts
 from stylewright.training.errors import IncompatibleCheckpoint, NonFiniteLoss
 from stylewright.training.formats.adapters import load_adapter
+from stylewright.training.formats.contents import read_about
 from stylewright.training.formats.metadata import read_metadata
+from stylewright.training.formats.starting import Start
 from stylewright.training.loops.distil import distil
 from stylewright.training.loops.distil_config import DistilConfig
 from stylewright.training.randomness import generator
@@ -57,7 +59,7 @@ def config_of(**changes):
     return DistilConfig(**{**defaults, **changes})
 
 
-def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=PROMPTS, **changes):
+def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=PROMPTS, start=None, **changes):
     return distil(
         on or Timed(),
         prompts,
@@ -68,6 +70,7 @@ def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=P
         report=report,
         check=check,
         sample=sample,
+        start=start,
     )
 
 
@@ -158,6 +161,17 @@ def test_negative_prompts_reach_the_teacher_and_the_student_and_never_the_fake(m
     scales = [guidance.scale for guidance, _ in told]
     assert len(scales) == 20 and max(scales) <= 0.5 and len(set(scales)) == 20
     assert all(torch.equal(away["context"], ugly.expand(4, -1)) for _, away in told)
+
+
+def test_a_student_to_begin_with_is_where_the_run_begins(tmp_path):
+    learned = run(ema_decay=0.0).adapter_state
+    layers = tuple(name.removesuffix(".lora_A.weight") for name in learned if name.endswith("lora_A.weight"))
+    start = Start("first", learned, layers, "begins with first")
+    after = run(tmp_path, start=start, steps=1, learning_rate=1e-9, ema_decay=0.0)
+    assert all(torch.allclose(after.adapter_state[name], tensor, atol=1e-7) for name, tensor in learned.items())
+    assert read_about(after.path).started_from == "first"
+    with pytest.raises(IncompatibleCheckpoint, match="start"):
+        run(tmp_path, steps=1, learning_rate=1e-9, ema_decay=0.0)
 
 
 def test_what_is_drawn_does_not_depend_on_interruptions_nor_on_global_generators(tmp_path):
