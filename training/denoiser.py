@@ -10,6 +10,12 @@ from .clocks import Clock
 # Named batch-first tensors, for example ``context`` (b, n, d) and ``pooled`` (b, d). The names belong to the host.
 Conditioning = Mapping[str, Tensor]
 
+# The one entry that all hosts share, of models that are told of it: what became of the picture on its way here, (b, 6)
+# in pixels: the original's height and width, top and left of the cut in the resized picture, and the height and width
+# that were kept (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2). Without it a picture counts as uncut and of
+# its own size, which is how pictures are drawn.
+SIZES = "sizes"
+
 
 class Denoiser(Protocol):
     """A frozen network that predicts from a noisy latent.

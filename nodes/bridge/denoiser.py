@@ -16,7 +16,7 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...training.denoiser import Conditioning
+from ...training.denoiser import SIZES, Conditioning
 from ...training.predictions import convert
 from .families import family_of, is_film, is_mean_flow
 from .kept_conds import KeptConds
@@ -25,6 +25,8 @@ from .noise_levels import noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
 
 logger = logging.getLogger(__name__)
+
+STATED_SIZES = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")  # in the order of SIZES
 
 
 class ComfyDenoiser:
@@ -75,25 +77,34 @@ class ComfyDenoiser:
         """ComfyUI's conds of each row, made once for every prompt, guidance and latent size that lasts."""
         prompts = conditioning[PROMPT].tolist()
         guidances = conditioning[GUIDANCE].tolist() if GUIDANCE in conditioning else [None] * len(prompts)
-        keys = [(prompt, guidance, x.shape[1:]) for prompt, guidance in zip(prompts, guidances, strict=True)]
+        sizes = map(tuple, conditioning[SIZES].tolist()) if SIZES in conditioning else [None] * len(prompts)
+        keys = [(*each, x.shape[1:]) for each in zip(prompts, guidances, sizes, strict=True)]
         conds = self._conds if self.prompts.lasting else KeptConds()
-        for prompt, guidance, size in dict.fromkeys(keys):
-            if (prompt, guidance, size) not in conds:
+        for key in dict.fromkeys(keys):
+            if key not in conds:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.prompts.lasting):
-                    conds[prompt, guidance, size] = self._make_conds(x[:1], prompt, guidance)
+                    conds[key] = self._make_conds(x[:1], *key[:3])
         conds.shrink(keys)
         return [conds[key] for key in keys]
 
-    def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None) -> dict:
+    def _make_conds(self, noise: Tensor, prompt: int, guidance: float | None, sizes: tuple[int, ...] | None) -> dict:
         noise = noise[:, :, None] if self._film else noise
         # What comfy.samplers.encode_model_conds adds; it too takes every latent for 8 times smaller than the picture.
         params: dict[str, Any] = {"device": noise.device, "noise": noise, "latent_image": torch.zeros_like(noise)}
         params |= {"height": noise.shape[-2] * 8, "width": noise.shape[-1] * 8, "prompt_type": "positive"}
         if guidance is not None:
             params["guidance"] = guidance
-        params |= self.prompts.answer(prompt)  # a conditioning that a user made may state guidance and size itself
+        answer = self.prompts.answer(prompt)  # a conditioning that a user made may state guidance and sizes itself
+        if sizes is not None and answer.keys().isdisjoint(STATED_SIZES):
+            params |= stated_sizes(sizes)
+        params |= answer
         conds = self._model.model.extra_conds(**params)
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
+
+
+def stated_sizes(sizes: tuple[int, ...]) -> dict[str, float]:
+    """The conditioning SIZES of one picture as ``extra_conds`` of SDXL, PixArt and Hunyuan-DiT take it."""
+    return {**dict(zip(STATED_SIZES, sizes, strict=True)), "aspect_ratio": sizes[4] / sizes[5]}
 
 
 def alike(rows: list[dict]) -> list[list[int]]:

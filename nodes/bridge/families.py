@@ -107,6 +107,9 @@ REFUSED = {
 # Fill the channels of a first picture with zeros by themselves where there is none.
 _FILLS_CHANNELS = ("HunyuanVideo15", "Kandinsky5")
 
+# Told of a picture's sizes: height and width of the original and of what is kept, and some of them where it was cut.
+_TOLD_SIZES = ("sdxl", "sdxl-refiner", "pixart", "hunyuan-dit")
+
 # Sides of a token in latent pixels, of families whose configuration does not say, or says it of something else.
 _LATENTS_PER_TOKEN = {"ltxv": 1, "lens": 1, "ideogram4": 1, "mage-flow": 1, "hidream-o1": 32}
 _STATES_PATCH = ("patch_size", "patch_spatial", "patch")
@@ -171,6 +174,11 @@ def is_mean_flow(model: comfy.model_patcher.ModelPatcher) -> bool:
 def is_guidance_distilled(model: comfy.model_patcher.ModelPatcher) -> bool:
     """FLUX.1-dev and its kin, which are told a guidance scale instead of being run twice."""
     return bool(model.model.model_config.unet_config.get("guidance_embed", False))
+
+
+def is_told_sizes(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether the model, or one of its family, takes the sizes of the picture as conditioning."""
+    return family_of(model) in _TOLD_SIZES
 
 
 def latents_per_token(model: comfy.model_patcher.ModelPatcher) -> int:

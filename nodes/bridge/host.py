@@ -16,6 +16,7 @@ from .encodings import Encodings
 from .families import (
     is_film,
     is_guidance_distilled,
+    is_told_sizes,
     latent_format,
     latents_per_token,
     model_name,
@@ -91,6 +92,7 @@ def comfy_host(
         reference_tokens=reference_tokens(model),
         unet_layers=unet_layers(model),
         schedule=schedule,
+        told_sizes=is_told_sizes(model),
     )
 
 

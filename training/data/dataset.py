@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..denoiser import Conditioning
+from ..denoiser import SIZES, Conditioning
 from ..processes import Processes
 from ..randomness import generator
 from .cache import digest, digest_named
@@ -42,6 +42,7 @@ class Example:
     weight: float = 1.0  # factor on its loss
     role: str = STYLE  # or one of PRIORS
     others: tuple[Spelling, ...] = ()  # the caption's tags in further orders, of the same shapes
+    sizes: Tensor | None = None  # (1, 6) the conditioning SIZES, whatever the caption; None = the model is told none
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ class Dataset:
         picked = picked[rows]
         return Batch(
             latents=torch.stack([example.latent for example in picked]),
-            conditioning={
-                name: torch.cat([spelling.conditioning[name] for spelling in spelt]) for name in spelt[0].conditioning
-            },
+            conditioning=_joined([_row(*each) for each in zip(picked, spelt, strict=True)]),
             mask=_stack_masks(picked),
             captions=tuple(spelling.caption for spelling in spelt),
             weights=torch.tensor([example.weight / float(self.shares[example.role != STYLE]) for example in picked]),
@@ -148,7 +147,8 @@ class Dataset:
             row = digest_named(example.conditioning)
             use = digest(example.repeats, float(example.weight).hex(), example.role)
             others = [digest(other.caption, digest_named(other.conditioning)) for other in example.others]
-            parts.append(digest(example.latent, row, mask, example.caption, use, *others))
+            sizes = () if example.sizes is None else (example.sizes,)
+            parts.append(digest(example.latent, row, mask, example.caption, use, *sizes, *others))
         return digest(*parts)
 
     def describe(self) -> dict[str, object]:
@@ -203,7 +203,7 @@ def _group(examples: Sequence[Example], prior: bool) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for number, example in enumerate(examples):
         if (example.role != STYLE) == prior:
-            key = (tuple(example.latent.shape), shapes(example.conditioning), example.role)
+            key = (tuple(example.latent.shape), shapes(example.conditioning), example.sizes is None, example.role)
             groups.setdefault(key, []).extend([number] * example.repeats)
     return list(groups.values())
 
@@ -211,6 +211,15 @@ def _group(examples: Sequence[Example], prior: bool) -> list[list[int]]:
 def shapes(conditioning: Mapping[str, Tensor]) -> tuple[object, ...]:
     """What has to be equal for rows to be joined."""
     return tuple((name, tuple(t.shape), t.dtype) for name, t in sorted(conditioning.items()))
+
+
+def _row(example: Example, spelling: Spelling) -> Conditioning:
+    """What the model is told of an example, (1, …)."""
+    return spelling.conditioning if example.sizes is None else {**spelling.conditioning, SIZES: example.sizes}
+
+
+def _joined(rows: Sequence[Conditioning]) -> dict[str, Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _stack_masks(examples: Sequence[Example]) -> Tensor | None:

@@ -18,7 +18,7 @@ from .cache import Cache, digest, digest_named, settle, settled
 from .captions import Caption, complete, listed, tag_orders
 from .concepts import PRIOR_SHARE
 from .dataset import Dataset, Example, Spelling, shapes
-from .images import Picture, check_mask, fit, load_picture
+from .images import Picture, check_mask, corner, fit, load_picture
 from .items import Encoded, Item
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,13 @@ class View:
     bucket: Bucket
     key: str  # hash of its pixels at the bucket's size
     mask: Tensor | None  # (1, h, w) of the latent
+    original: tuple[int, int]  # height and width in pixels, before it was resized
+
+    @property
+    def sizes(self) -> Tensor:
+        """The conditioning SIZES (1, 6)."""
+        target = (self.bucket.height, self.bucket.width)
+        return torch.tensor([[*self.original, *corner(*self.original, *target), *target]])
 
 
 def encode(
@@ -70,14 +77,14 @@ def encode(
     rows = _encode_captions(texts, host, cache, null, done)
     encoder = digest(host.name, encode_image(host, _probe(host), "the probe")["latent"]) if cache.folder else ""
     examples = [
-        _example(item, view, [Spelling(text, rows[text]) for text in texts], latent)
+        _example(item, view, [Spelling(text, rows[text]) for text in texts], latent, host.told_sizes)
         for item, texts, seen in zip(items, captions, views, strict=True)
         for view, latent in zip(seen, _encode_views(item, seen, host, encoder, cache, done), strict=True)
     ]
     return Dataset(examples, null, caption_dropout, prior_share)
 
 
-def _example(item: Item, view: View, spelt: Sequence[Spelling], latent: Tensor) -> Example:
+def _example(item: Item, view: View, spelt: Sequence[Spelling], latent: Tensor, told_sizes: bool) -> Example:
     """Of the caption's orders those whose encoding has the shape of the first: a batch has one shape."""
     first, *others = spelt
     return Example(
@@ -90,6 +97,7 @@ def _example(item: Item, view: View, spelt: Sequence[Spelling], latent: Tensor) 
         item.concept.weight,
         item.concept.role,
         tuple(other for other in others if shapes(other.conditioning) == shapes(first.conditioning)),
+        view.sizes if told_sizes else None,
     )
 
 
@@ -175,23 +183,24 @@ def _view_of_latent(item: Item, latent: Tensor, host: Host) -> View:
         raise ValueError(f"The latent of {item.name} contains NaN or infinity")
     rows, columns = latent.shape[1:]
     bucket = Bucket(rows * host.pixels_per_latent, columns * host.pixels_per_latent)
+    original = (bucket.height, bucket.width)  # what it was before is not known
     if item.mask is None:
-        return View(bucket, "", None)
+        return View(bucket, "", None, original)
     assert isinstance(item.mask, Tensor), "a latent has no file"
     mask = F.adaptive_avg_pool2d(check_mask(item.mask, item.name), (rows, columns))
     if not mask.any():
         raise ValueError(f"The mask of {item.name} is black all over: white marks what is learned")
-    return View(bucket, "", mask)
+    return View(bucket, "", mask, original)
 
 
 def _view(item: Item, picture: Picture, bucket: Bucket, host: Host) -> View:
-    key = digest(fit(picture.pixels, bucket.height, bucket.width))
+    key, (height, width) = digest(fit(picture.pixels, bucket.height, bucket.width)), picture.pixels.shape[1:]
     if picture.mask is None:
-        return View(bucket, key, None)
+        return View(bucket, key, None, (height, width))
     mask = fit(picture.mask, bucket.height, bucket.width)
     if not mask.any():
         raise ValueError(f"The mask of {item.name} is black where the picture is trained: its white part is cut off")
-    return View(bucket, key, F.adaptive_avg_pool2d(mask, _latent_size(bucket, host)))
+    return View(bucket, key, F.adaptive_avg_pool2d(mask, _latent_size(bucket, host)), (height, width))
 
 
 def _latent_size(bucket: Bucket, host: Host) -> tuple[int, int]:

@@ -191,12 +191,23 @@ def fit(values: Tensor, height: int, width: int) -> Tensor:
     """
     values = _without_far_ends(values, height / width)
     rows, columns = values.shape[-2:]
-    scale = max(height / rows, width / columns)
-    cover = max(height, round(rows * scale)), max(width, round(columns * scale))
-    if cover != (rows, columns):
-        values = F.interpolate(values[None], size=cover, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
+    size = cover(rows, columns, height, width)
+    if size != (rows, columns):
+        values = F.interpolate(values[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = corner(rows, columns, height, width)
     return values[:, top : top + height, left : left + width].contiguous()
+
+
+def cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """The size that a picture (rows, columns) is resized to, to cover (height, width)."""
+    scale = max(height / rows, width / columns)
+    return max(height, round(rows * scale)), max(width, round(columns * scale))
+
+
+def corner(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """Top and left, in the resized picture, of the (height, width) that are cut around its centre."""
+    tall, wide = cover(rows, columns, height, width)
+    return (tall - height) // 2, (wide - width) // 2
 
 
 def _without_far_ends(values: Tensor, shape: float) -> Tensor:

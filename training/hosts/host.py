@@ -47,4 +47,5 @@ class Host:
     # Tokens of a prompt, by each encoder whose text the model attends to, in order; None = not known.
     token_ids: Callable[[str], list[list[int]]] | None = None
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled
+    told_sizes: bool = False  # whether the denoiser takes the conditioning SIZES
     prompts: tuple[str, ...] = ()  # what it can be asked for, where that is known (see :mod:`..data.prompts`)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..clocks import DiscreteClock, discrete_schedule
-from ..denoiser import Conditioning
+from ..denoiser import SIZES, Conditioning
 from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import DENOISER_PREFIX, Parts, reading
@@ -52,7 +52,7 @@ NOT_WEIGHTS = ("pos_embed", "y_embedder.y_embedding")  # computed, and T5's stat
 
 
 class PixArtDenoiser:
-    """Conditioning: ``context`` (b, n, d) and its ``mask`` (b, n), 1 = a word, 0 = padding."""
+    """Conditioning: ``context`` (b, n, d), its ``mask`` (b, n), 1 = a word, 0 = padding, and maybe ``sizes`` (b, 6)."""
 
     family = "pixart"
     process = "vp"
@@ -76,18 +76,22 @@ class PixArtDenoiser:
             encoder_hidden_states=conditioning["context"].to(dtype),
             encoder_attention_mask=conditioning["mask"],
             timestep=self.clock.time_of(log_snr),
-            added_cond_kwargs=self._size(x_t),
+            added_cond_kwargs=self._size(x_t, conditioning.get(SIZES)),
             return_dict=False,
         )[0]
         return prediction[:, : x_t.shape[1]].float()
 
-    def _size(self, x_t: Tensor) -> dict[str, Tensor | None]:
-        """What PixArt-alpha at 1024 pixels is told of the picture: height and width in pixels, and their ratio."""
+    def _size(self, x_t: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What PixArt-alpha at 1024 pixels is told of the picture: the original's height and width in pixels, and the
+        ratio of what was kept.
+        """
         if not self.module.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        height, width = (side * self.pixels_per_latent for side in x_t.shape[-2:])
-        sizes = torch.tensor([[height, width]], dtype=torch.float32, device=x_t.device).expand(len(x_t), -1)
-        return {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+        if sizes is None:
+            height, width = (side * self.pixels_per_latent for side in x_t.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device).expand(len(x_t), -1)
+        sizes = sizes.float()
+        return {"resolution": sizes[:, :2], "aspect_ratio": sizes[:, 4:5] / sizes[:, 5:]}
 
 
 def pixart_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +148,7 @@ def open_pixart(parts: Parts) -> Host:
         latent_channels=autoencoder.channels,
         schedule=lambda steps, tokens: discrete_schedule(clock, steps),
         guidance_scale=4.5,
+        told_sizes=transformer.use_additional_conditions,
     )
 
 

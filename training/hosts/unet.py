@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..clocks import DiscreteClock, discrete_schedule, linear_alphas, scaled_linear_alphas, zero_terminal_snr
-from ..denoiser import Conditioning
+from ..denoiser import SIZES, Conditioning
 from .encoders import Autoencoder, PromptEncoder
 from .host import Host
 from .parts import Parts
@@ -19,11 +19,7 @@ PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 class UNetDenoiser:
-    """Conditioning: ``context`` (b, n, d); for SDXL also ``pooled`` (b, d) and maybe ``time_ids`` (b, 6).
-
-    The time ids are (original h, w, crop top, left, target h, w) in pixels. Without them the picture counts as
-    uncropped and drawn at its own size.
-    """
+    """Conditioning: ``context`` (b, n, d); for SDXL also ``pooled`` (b, d) and maybe ``sizes`` (b, 6)."""
 
     process = "vp"
 
@@ -52,7 +48,7 @@ class UNetDenoiser:
         return prediction.float()
 
     def _added(self, x_t: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        time_ids = conditioning.get("time_ids")
+        time_ids = conditioning.get(SIZES)
         if time_ids is None:
             height, width = (side * self.pixels_per_latent for side in x_t.shape[-2:])
             time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device).expand(len(x_t), -1)
@@ -116,6 +112,7 @@ def open_unet(parts: Parts) -> Host:
         unet_layers=layers if isinstance(layers := unet.config.layers_per_block, int) else layers[0],
         schedule=lambda steps, tokens: discrete_schedule(clock, steps),
         guidance_scale={"sdxl": 5.0, "sd15": 7.5}[parts.family],
+        told_sizes=parts.family == "sdxl",
     )
 
 

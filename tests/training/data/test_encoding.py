@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from stylewright.training.concepts.boxes import Box
+from stylewright.training.concepts.crops import CropOptions, crops_of, items_of
+from stylewright.training.concepts.phrases import Phrases
 from stylewright.training.data.concepts import Concept
 from stylewright.training.data.encoding import encode
 from stylewright.training.data.items import Encoded, Item, items_from_memory, read_folder
+from stylewright.training.denoiser import SIZES
 from stylewright.training.hosts.host import Host
 
 TOKEN = 16
@@ -375,3 +379,50 @@ def test_latents_that_do_not_fit_are_named(latent, mask, message):
     item = Item(Encoded(latent), "a cat", mask, name="it")
     with pytest.raises(ValueError, match=message):
         encode([item], toy_host(latent_channels=3), resolution=64, style_phrase="ink")
+
+
+def test_a_model_that_is_told_sizes_gets_those_of_each_picture():
+    sizes = [(64, 64), (40, 40), (90, 64), (256, 256)]
+    items = items_from_memory([torch.rand(3, *size) for size in sizes], "a cat")
+    items.append(Item(Encoded(torch.rand(3, 4, 6)), "a cat"))
+    host = toy_host(told_sizes=True, latent_channels=3)
+    dataset = encode(items, host, resolution=64, style_phrase="ink", caption_dropout=0.5)
+    assert [example.sizes[0].tolist() for example in dataset.examples] == [
+        [64, 64, 0, 0, 64, 64],
+        [40, 40, 0, 0, 64, 64],  # it was enlarged
+        [90, 64, 0, 4, 80, 48],  # resized to 80x57, of which 4 are cut off at the left
+        [256, 256, 0, 0, 64, 64],
+        [32, 48, 0, 0, 32, 48],  # what a latent was made of is not known
+    ]
+
+
+def test_crops_are_told_as_pictures_of_their_own():
+    """FineStyle's crops: what counts is their size before they are enlarged, and not where they were."""
+    options, boxes = CropOptions(variants=3), {"a star": Box(10, 4, 26, 20)}
+    crops = crops_of(boxes, 48, 64, options, seed=0)
+    phrases = Phrases("a star in ink", ("a star",), ("ink",))
+    items = items_of(torch.rand(3, 48, 64), phrases, crops, options)
+    dataset = encode(items, toy_host(told_sizes=True), resolution=64, style_phrase="ink", caption_mode="full")
+    assert [example.sizes[0].tolist() for example in dataset.examples] == [
+        [48, 64, 6, 0, 48, 80],  # the whole: resized to 60x80
+        *([crop.box.height, crop.box.width, 0, 0, 64, 64] for crop in crops),
+    ]
+
+
+def test_the_caption_is_dropped_and_the_sizes_stay():
+    items = items_from_memory([torch.rand(3, 40, 40), torch.rand(3, 48, 48)], "a")
+    told = encode(
+        items, toy_host(told_sizes=True), resolution=64, style_phrase="", caption_mode="plain", caption_dropout=0.5
+    )
+    plain = encode(items, toy_host(), resolution=64, style_phrase="", caption_mode="plain", caption_dropout=0.5)
+    dropped = 0
+    for step in range(8):
+        batch, other = told.batch(3, step, 0, 2), plain.batch(3, step, 0, 2)
+        sizes = batch.conditioning.pop(SIZES)
+        assert sorted(sizes[:, 0].tolist()) == [40, 48] and sizes.shape == (2, 6)
+        dropped += batch.captions.count("")
+        # Of a model that is told none every bit is as it was.
+        assert batch.conditioning.keys() == other.conditioning.keys() and torch.equal(batch.latents, other.latents)
+        assert all(torch.equal(batch.conditioning[name], other.conditioning[name]) for name in other.conditioning)
+    assert 0 < dropped < 16
+    assert told.fingerprint() != plain.fingerprint()

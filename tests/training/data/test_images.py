@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 from stylewright.training.data.images import (
     check_mask,
     check_pixels,
+    corner,
     fit,
     load_picture,
     open_alpha,
@@ -216,6 +217,7 @@ def test_a_fitting_picture_is_only_cut():
     assert torch.equal(fit(pixels, H, W), pixels)
     assert torch.equal(fit(pixels, H, 4), pixels[:, :, 2:6])
     assert torch.equal(fit(pixels, 3, W), pixels[:, 1:4])
+    assert (corner(H, W, H, 4), corner(H, W, 3, W)) == ((0, 2), (1, 0))
 
 
 @pytest.mark.parametrize("size", [(7, 3), (16, 16), (30, 41), (100, 10)])

@@ -64,6 +64,13 @@ def test_the_size_of_the_picture_is_told_where_the_model_asks(hosts):
     assert shapes["resolution"].tolist() == [[12.0, 20.0]] * 3
     torch.testing.assert_close(shapes["aspect_ratio"], torch.full((3, 1), 0.6))
     assert hosts["pixart_sigma"].denoiser._size(torch.zeros(3, 4, 6, 10))["resolution"] is None
+    assert (hosts["pixart"].told_sizes, hosts["pixart_sigma"].told_sizes) == (True, False)
+
+
+def test_the_sizes_are_the_originals_and_the_ratio_that_of_what_is_kept(hosts):
+    """As in PixArt-alpha's own training data."""
+    told = hosts["pixart"].denoiser._size(torch.zeros(1, 4, 6, 10), torch.tensor([[50, 70, 1, 0, 48, 80]]))
+    assert told["resolution"].tolist() == [[50.0, 70.0]] and told["aspect_ratio"].tolist() == [[pytest.approx(0.6)]]
 
 
 def test_foreign_keys_are_refused():

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from stylewright.training.data.encoding import encode
+from stylewright.training.data.items import items_from_memory
+from stylewright.training.denoiser import SIZES
 from stylewright.training.hosts.loading import load_host
 from stylewright.training.hosts.unet import discrete_clock, prediction_of
 from stylewright.training.noise import add_noise
@@ -56,13 +59,32 @@ def test_ranges_and_predictions_come_from_the_scheduler(hosts):
     assert hosts["sd2_v"].denoiser.log_snr_range[0] < -14  # its terminal SNR is zero
 
 
-def test_time_ids_may_be_given(hosts):
+def test_sizes_may_be_given(hosts):
     host, x_t, log_snr = hosts["sdxl"], torch.randn(2, 4, 6, 10), torch.tensor([-3.0, 1.0])
     conditioning = host.encode_prompts(["a cat", "a dog"])
     own_size = torch.tensor([[12, 20, 0, 0, 12, 20]]).expand(2, -1)
     free = host.denoiser(x_t, log_snr, conditioning)
-    assert torch.equal(free, host.denoiser(x_t, log_snr, conditioning | {"time_ids": own_size}))
-    assert not torch.equal(free, host.denoiser(x_t, log_snr, conditioning | {"time_ids": 50 * own_size}))
+    assert torch.equal(free, host.denoiser(x_t, log_snr, conditioning | {SIZES: own_size}))
+    assert not torch.equal(free, host.denoiser(x_t, log_snr, conditioning | {SIZES: 50 * own_size}))
+
+
+def test_the_unet_is_told_what_became_of_each_picture(hosts):
+    """From a picture and an enlarged part of it to the time ids of diffusers' own UNet."""
+    host, seen = hosts["sdxl"], []
+    picture = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
+    items = items_from_memory([picture, picture[:, 8:24, 10:26].contiguous()], ["a cat", "a"])
+    dataset = encode(items, host, resolution=32, style_phrase="ink")
+    hook = host.denoiser.module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True
+    )
+    batches = [dataset.batch(0, step, 0, 1) for step in range(2)]
+    answers = [host.denoiser(batch.latents, torch.zeros(1), batch.conditioning) for batch in batches]
+    hook.remove()
+    told = [each["time_ids"][0].tolist() for each in seen]
+    assert sorted(told) == [[16, 16, 0, 0, 32, 32], [40, 48, 1, 0, 28, 36]]  # enlarged; resized to 30x36
+    without = {name: value for name, value in batches[0].conditioning.items() if name != SIZES}
+    assert not torch.equal(answers[0], host.denoiser(batches[0].latents, torch.zeros(1), without))
+    assert not hosts["sd15"].told_sizes and not hosts["sd2_v"].told_sizes
 
 
 def test_time_between_two_indices_is_between_their_predictions(hosts):
