@@ -1,14 +1,11 @@
 """The passes of one iteration of score distillation: the student's pictures, their gradient, the fake's lesson."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..adapters.attach import Adapter, switched_to
 from ..attention_guidance import AttentionGuidance
 from ..denoiser import Conditioning, Denoiser
 from ..distillation import DMD, dmd_gradient, fake_weight, guided, student_loss, vsd_gradient
@@ -17,28 +14,7 @@ from ..losses import mse
 from ..noise import add_noise
 from ..one_step import answer_of
 from ..predictions import target
-
-# The denoiser with negative prompts, a row for each of the batch, inside its attention.
-Against = Callable[[AttentionGuidance, Conditioning], Denoiser]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """One frozen network in three roles: without an adapter it is the teacher."""
-
-    denoiser: Denoiser
-    student: Adapter
-    fake: Adapter
-    precision: str = "float32"
-    against: Against | None = None  # None = as diffusers' models are reached
-    device: str = "cpu"  # type of the one that computes
-
-    @contextmanager
-    def acting_as(self, adapter: Adapter | None) -> Iterator[Denoiser]:
-        """Inside, the network is the student, the fake, or with None the teacher."""
-        bfloat16 = torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with switched_to(adapter, (self.student, self.fake)), bfloat16:
-            yield self.denoiser
+from .networks import Networks
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from stylewright.training.clocks import FlowClock
 from stylewright.training.data.dataset import Dataset
 from stylewright.training.data.prompts import Prompts
 from stylewright.training.formats.state import save_state
-from stylewright.training.loops import distil as distillation
+from stylewright.training.loops import iteration
 from stylewright.training.loops import train as loop
+from stylewright.training.loops.distil import distil
 from stylewright.training.loops.distil_config import DistilConfig
 from stylewright.training.processes import Processes, group_of_words
 from stylewright.training.randomness import generator
@@ -122,8 +123,8 @@ def distilled(processes, folder, batch_size=4, accumulation=1, check=None, **cha
     )
     size = (TOYS.CHANNELS, TOYS.HEIGHT, TOYS.WIDTH)
     prompts = Prompts(("{circle|star} in {red|blue} style", "a tree"))
-    with recorded(distillation) as steps:
-        result = distillation.distil(
+    with recorded(iteration) as steps:
+        result = distil(
             Timed(), prompts, encode, config, latent_size=size, run_dir=folder, check=check, processes=processes
         )
     return {"gradients": steps, "state": result.adapter_state, "losses": [event.loss for event in result.history]}
