@@ -8,6 +8,7 @@ from .combine import CombineDatasetsNode
 from .concept_crops import ConceptCrops
 from .dataset import StyleDatasetNode
 from .density import StyleDensityNode
+from .distiller import PGSBDistiller
 from .embedded_model import EmbeddedModelNode
 from .guider import StyleGuider
 from .lora_approximate import StyleInjectToLoRA
@@ -27,6 +28,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptCrops,
     StyleDensityNode,
     StyleFriendlySNRTrainer,
+    PGSBDistiller,
     StyleLoRALoader,
     StyleLoRAResize,
     StyleInjectToLoRA,

@@ -15,13 +15,16 @@ LINE = 30  # height of a line of words
 PAPER, INK, PALE = "white", "#22303c", "#6b7887"
 
 
-def draw_strips(samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], steps: int) -> Tensor:
+def draw_strips(
+    samples: Mapping[int, Sequence[Path]], prompts: Sequence[str], steps: int, first: str = "before"
+) -> Tensor:
     """One labelled strip a prompt, (b, h, w, 3) in [0, 1].
 
-    ``samples``: by step, one picture a prompt; ``steps``: of the whole run, after which it says "after".
+    ``samples``: by step, one picture a prompt; ``steps``: of the whole run, after which it says "after". ``first``:
+    what the pictures of step 0 are called.
     """
     chosen = evenly(sorted(samples), MOST)
-    labels = [label_of(step, steps) for step in chosen]
+    labels = [label_of(step, steps, first) for step in chosen]
     strips = [
         draw_strip([samples[step][index] for step in chosen], labels, prompt) for index, prompt in enumerate(prompts)
     ]
@@ -35,8 +38,8 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
     return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
 
 
-def label_of(step: int, steps: int) -> str:
-    return "before" if step == 0 else f"after {step} steps" if step == steps else f"step {step}"
+def label_of(step: int, steps: int, first: str = "before") -> str:
+    return first if step == 0 else f"after {step} steps" if step == steps else f"step {step}"
 
 
 def draw_strip(paths: Sequence[Path], labels: Sequence[str], prompt: str) -> Image.Image:

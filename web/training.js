@@ -1,4 +1,4 @@
-// Shows on every trainer's node how its training goes: the server's messages find their node, and its panel.
+// Shows on the nodes that train how their training goes: the server's messages find their node, and its panel.
 //
 // What the server says of a run (nodes/bridge/board.py) comes over the websocket as it grows, from a route when a page
 // is opened in the middle of it, and with the node's output at the end and from ComfyUI's history.
@@ -8,7 +8,7 @@ import { api } from '../../scripts/api.js'
 import { Panel } from './panel.js'
 import { addPanel, fit } from './widget.js'
 
-const NODE = 'StyleFriendlySNRTrainer'
+const NODES = ['StyleFriendlySNRTrainer', 'PGSBDistiller']
 const WIDGET = 'stylewright_training'
 const OUTPUT = 'stylewright_training'
 
@@ -52,7 +52,7 @@ function nodeAt(id) {
     node = graph?.getNodeById(Number(part)) ?? null
     graph = node?.subgraph
   }
-  return node?.type === NODE || node?.comfyClass === NODE ? node : null
+  return NODES.includes(node?.type) || NODES.includes(node?.comfyClass) ? node : null
 }
 
 function show(run) {
@@ -83,7 +83,7 @@ function showOutputs(graph = rootGraph(), inside = '') {
   for (const node of graph?.nodes ?? graph?._nodes ?? []) {
     if (node.subgraph) showOutputs(node.subgraph, `${node.subgraph.id}:`)
     const [run] = app.nodeOutputs?.[`${inside}${node.id}`]?.[OUTPUT] ?? []
-    if (node.type === NODE && run && !panels.has(node)) panelOf(node).show(run)
+    if (NODES.includes(node.type) && run && !panels.has(node)) panelOf(node).show(run)
   }
 }
 
@@ -100,7 +100,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return
+    if (!NODES.includes(node.comfyClass)) return
     const executed = node.onExecuted
     node.onExecuted = function (output) {
       executed?.apply(this, arguments)

@@ -16,12 +16,13 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
+from ...training.clocks import Clock
 from ...training.denoiser import SIZES, Conditioning
 from ...training.predictions import convert
 from .families import family_of, is_film, is_mean_flow
 from .kept_conds import KeptConds
 from .kernels import OVERRIDE, PATCHES, Attention, Patch
-from .noise_levels import noise_levels
+from .noise_levels import clock_of, noise_levels
 from .prompts import GUIDANCE, PROMPT, PromptTable
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class ComfyDenoiser:
         self._alone = is_mean_flow(model)
         self._options = transformer_options(model)
         self._conds = KeptConds()
+
+    @property
+    def clock(self) -> Clock:
+        """ValueError for a model whose time cannot be stated."""
+        return clock_of(self._model.get_model_object("model_sampling"))
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own prediction (b, c, ...) in float32."""

@@ -52,6 +52,20 @@ def picture_folder(name: str) -> Path:
     return folder
 
 
+def input_file(name: str) -> Path:
+    """A file below ComfyUI's input folder. ValueError for a name that leads out of it or to nothing."""
+    base = Path(os.path.abspath(input_folder()))
+    file = Path(os.path.abspath(base / name))
+    if not file.is_relative_to(base) or not file.is_file():
+        raise ValueError(f"there is no file {name!r} in ComfyUI's input folder, {base}")
+    return file
+
+
+def index_folder() -> Path:
+    """Where what is found out about files of prompts is kept, until ComfyUI starts anew."""
+    return Path(folder_paths.get_temp_directory()) / RUNS
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files that a folder's dataset is made of: its own, and those that its list names."""
     own = {path for path in folder.iterdir() if path.is_file()}

@@ -40,7 +40,7 @@ def identity_of(
     return {
         "model": {**kind_of(denoiser), **what_acts(model)},
         "encoders": {
-            "clip": "none" if clip is None else _hash(clip.layer_idx, digest_of_model(clip.patcher)),
+            "clip": "none" if clip is None else digest_of_clip(clip),
             "vae": "none" if vae is None else digest_of_model(vae.patcher),
         },
         "data": {
@@ -64,6 +64,21 @@ def digest_of_model(model: comfy.model_patcher.ModelPatcher) -> str:
     """Of a model's own weights, whether it is loaded and patched now or not, and of its patches."""
     pieces = list(_pieces([_weights(model), model.patches, model.object_patches]))
     return _hash(*pieces)
+
+
+def digest_of_clip(clip: comfy.sd.CLIP) -> str:
+    """Of a text encoder, its patches, and the layer that it stops at."""
+    return _hash(clip.layer_idx, digest_of_model(clip.patcher))
+
+
+def digest_of_weights(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Of a model's own weights alone."""
+    return _hash(*_pieces(_weights(model)))
+
+
+def digest_of_patch(patch: object) -> str:
+    """Of an entry of a MODEL's ``patches``."""
+    return _hash(*_pieces(patch))
 
 
 def functions_on(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:

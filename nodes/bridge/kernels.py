@@ -55,7 +55,7 @@ def plain_kernels(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for owner, name, value in _replacements():
-            stack.enter_context(_exchanged(owner, name, value))
+            stack.enter_context(exchanged(owner, name, value))
         for part in module.modules():
             kind = f"{type(part).__module__}.{type(part).__name__}"
             for name in OVERWRITTEN.get(kind, ()):
@@ -64,10 +64,10 @@ def plain_kernels(module: nn.Module) -> Iterator[None]:
                 stack.callback(part.register_forward_pre_hook(_forget).remove)
                 stack.callback(part.register_forward_hook(_forget).remove)
             if kind in WRITES_OUT:
-                stack.enter_context(_exchanged(part, "forward", partial(_without_out, part.forward)))
+                stack.enter_context(exchanged(part, "forward", partial(_without_out, part.forward)))
         if any(type(part).__module__ == "comfy.ldm.lightricks.model" for part in module.modules()):
             norm = comfy.ldm.common_dit.rms_norm  # of its blocks' input, which they overwrite too
-            stack.enter_context(_exchanged(comfy.ldm.common_dit, "rms_norm", partial(_of_a_copy, norm)))
+            stack.enter_context(exchanged(comfy.ldm.common_dit, "rms_norm", partial(_of_a_copy, norm)))
         yield
 
 
@@ -88,7 +88,8 @@ def _replacements() -> Iterator[tuple[ModuleType, str, Callable]]:
 
 
 @contextmanager
-def _exchanged(owner: ModuleType | nn.Module, name: str, value: Callable) -> Iterator[None]:
+def exchanged(owner: ModuleType | nn.Module, name: str, value: Callable) -> Iterator[None]:
+    """Inside, the owner has another function under this name."""
     missing = object()
     before = vars(owner).get(name, missing)
     setattr(owner, name, value)

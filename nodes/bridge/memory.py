@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -25,7 +26,6 @@ from ...training.loops.plan import MARGIN, Budget, DoesNotFit, Plan, size
 from ...training.loops.planner import Planner
 from ...training.loops.saving import Saving
 from ...training.loops.survey import Survey
-from ...training.loops.train import TrainResult
 from .denoiser import ComfyDenoiser
 from .families import latents_per_token, smallest_side
 from .previews import TrainingProgress
@@ -39,6 +39,7 @@ SURVEY_FACTOR = 4
 RETRY_FACTOR = 1.5  # of the planned room, after it proved too small
 
 Patcher = comfy.model_patcher.ModelPatcher
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class Training:
             yield
 
 
-def train_within_memory(
-    training: Training, check: Callable[[], None], train: Callable[[Saving], TrainResult]
-) -> TrainResult:
+def train_within_memory(training: Training, check: Callable[[], None], train: Callable[[Saving], Result]) -> Result:
     """Plans, then calls ``train`` with the plan's setting inside a training session.
 
     ``check`` is called first, in a session too. Where memory runs out all the same, the next cheaper setting is tried
@@ -89,7 +88,7 @@ def train_within_memory(
     """
     planner, plan, survey, budget = _planned(training, check)
 
-    def attempt(chosen: Plan) -> TrainResult:
+    def attempt(chosen: Plan) -> Result:
         factor = MARGIN if chosen is plan else RETRY_FACTOR
         with training.session(factor * plan.beyond_the_model):
             chosen = planner.rehearse(chosen, survey, budget)

@@ -20,6 +20,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ...training.clocks import Clock, DiscreteClock, EDMClock, FlowClock
 from ...training.noise import alpha_sigma, expand, log_snr_of_time, timestep_shift
 
 
@@ -108,3 +109,18 @@ def levels_of(sampling: Any) -> NoiseLevels:
     scale = float(stated.get("sigma_data", 1.0)) if known[0] != "COSMOS_RFLOW" else 1.0
     low, high = (-2 * math.log(float(sigma) / scale) for sigma in (sampling.sigma_max, sampling.sigma_min))
     return NoiseLevels(kind, (low, high), data_scale=scale)
+
+
+def clock_of(sampling: Any) -> Clock:
+    """The model's own time, as diffusers' hosts count it: a flow's without its shift. ValueError where it has none."""
+    levels, kinds = levels_of(sampling), [kind.__name__ for kind in type(sampling).__mro__]
+    if levels.kind.counted == "flow" and levels.noise_scale == 1:
+        return FlowClock()
+    if "ModelSamplingDiscrete" in kinds:
+        return DiscreteClock(1 / (1 + (sampling.sigmas.double().cpu() / levels.data_scale).square()))
+    if "ModelSamplingContinuousEDM" in kinds and levels.data_scale == 1 and levels.kind.process == "vp":
+        return EDMClock(float(sampling.sigma_min), float(sampling.sigma_max))
+    raise ValueError(
+        f"this model counts its noise in a way ({kinds[0]}) that a student's file cannot state: distillation is for "
+        "flows such as FLUX, SD3 and Qwen-Image, and for models with a table of noise levels such as SD1.5 and SDXL"
+    )

@@ -60,7 +60,7 @@ class TrainingProgress:
         self._state.notes.append(note)
         self._show()
 
-    def opened(self, run: RunDirectory, prompts: Sequence[str], window: float) -> None:
+    def opened(self, run: RunDirectory, prompts: Sequence[str], window: float | None = None) -> None:
         """Training begins. ``prompts`` of the sample pictures; ``window``: log_snr below which style is decided."""
         self._run, self._prompts, self._state.window = run, prompts, window
         self._show("preparing", "")

@@ -16,7 +16,8 @@ from typing import Any
 from ...training.errors import IncompatibleCheckpoint, TrainingError
 from ...training.formats.state import remove_unfinished, write_atomically
 from ...training.loops.checkpoint import RunDirectory, Stored, open_run
-from ...training.loops.config import TrainConfig
+from ...training.loops.config import RunConfig, TrainConfig
+from ...training.loops.distil_config import DistilConfig
 from .files import adapter_folder, first_number, require_writable, runs_folder
 from .publishing import clear_unfinished, published, steps_of
 from .resuming import ANEW, AS_IT_IS, AUTOMATIC, CONTINUE, RESUME
@@ -27,6 +28,7 @@ RECORD = "run.json"  # beside what the run itself leaves behind
 ENCODED = "encoded"  # a folder of pictures and captions as they were encoded
 ANSWERS = "answers"  # of a teacher, while they are needed
 VERSION = 1
+KINDS: dict[str, type[RunConfig]] = {"train": TrainConfig, "distil": DistilConfig}  # by what their records say
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Run:
     folder: Path
     pattern: str  # the trainer's file name, as it was typed
     adapter: str  # below the LoRA folder, without ending: "styles/mine_00003"
+    kind: type[RunConfig] = TrainConfig  # of its options
 
     @property
     def name(self) -> str:
@@ -44,7 +47,7 @@ class Run:
     @property
     def directory(self) -> RunDirectory:
         """To read from. What writes opens it: see :func:`opened`."""
-        return RunDirectory(self.folder)
+        return RunDirectory(self.folder, self.kind)
 
     @property
     def stem(self) -> Path:
@@ -52,7 +55,8 @@ class Run:
         return adapter_folder() / self.adapter
 
     def write_record(self) -> None:
-        record = {"version": VERSION, "pattern": self.pattern, "adapter": self.adapter}
+        kind = next(name for name, kind in KINDS.items() if kind is self.kind)
+        record = {"version": VERSION, "kind": kind, "pattern": self.pattern, "adapter": self.adapter}
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self.folder / RECORD, lambda temporary: _write(temporary, text))
 
@@ -85,6 +89,7 @@ def _sentence(name: str, was: Any, now: Any) -> str:
 # Entries of a run's identity that are hashes, said so that a person knows what to look at.
 OF_INPUTS = {
     "data.fingerprint": "the pictures, captions or masks are others",
+    "prompts": "the prompts are others",
     "model.weights": "the model's weights, or the LoRAs and patches on it, are others",
     "model.functions": "what other nodes changed of how the model computes (FreeU, attention patches, …) is different",
     "encoders.clip": "the text encoder is another",
@@ -100,13 +105,14 @@ def has_adapter(run: Run, step: int) -> bool:
     return published(run.stem, step) is not None or steps_of(run.directory.adapter) == step
 
 
-def runs_of(pattern: str) -> list[tuple[Run, Stored]]:
+def runs_of(pattern: str, kind: type[RunConfig] = TrainConfig) -> list[tuple[Run, Stored]]:
     """The runs of a trainer's file name that hold a checkpoint, the one that was written to last first."""
-    found = [(run, stored) for run in all_runs() if run.pattern == pattern and (stored := _stored(run))]
+    ours = (run for run in all_runs() if (run.pattern, run.kind) == (pattern, kind))
+    found = [(run, stored) for run in ours if (stored := _stored(run))]
     return sorted(found, key=lambda pair: (last_written(pair[0]), pair[0].name), reverse=True)
 
 
-def damage_of(pattern: str, filled: str) -> str:
+def damage_of(pattern: str, filled: str, kind: type[RunConfig] = TrainConfig) -> str:
     """What is wrong with the runs of a trainer's file name that cannot be read; "" where there is nothing.
 
     A run whose record is damaged is known by its folder alone, which the filled-in pattern names.
@@ -118,7 +124,7 @@ def damage_of(pattern: str, filled: str) -> str:
         except ValueError as error:
             damaged.append(f"{error} Its adapters are still in models/loras")
     for run in all_runs():
-        if run.pattern == pattern and run.directory.checkpoint.exists():
+        if (run.pattern, run.kind) == (pattern, kind) and run.directory.checkpoint.exists():
             try:
                 run.directory.stored()
             except IncompatibleCheckpoint as error:
@@ -140,14 +146,14 @@ def _read_record(path: Path) -> Run:
     """The run of a record. ValueError where it cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Run(path.parent, record["pattern"], record["adapter"])
+        return Run(path.parent, record["pattern"], record["adapter"], KINDS[record.get("kind", "train")])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the record of a run, which is passed over ({error}).") from error
 
 
-def lost_adapters(pattern: str) -> list[str]:
+def lost_adapters(pattern: str, kind: type[RunConfig] = TrainConfig) -> list[str]:
     """Runs of a trainer's file name whose adapter somebody has deleted from models/loras since."""
-    return [run.name for run, stored in runs_of(pattern) if stored.step and not published(run.stem, stored.step)]
+    return [run.name for run, stored in runs_of(pattern, kind) if stored.step and not published(run.stem, stored.step)]
 
 
 def last_written(run: Run) -> int:
@@ -176,7 +182,7 @@ class Choice:
     notice: str  # for the node and the log; "" = nothing worth saying
 
 
-def choose(pattern: str, filled: str, resume: str, config: TrainConfig, identity: Mapping[str, Any]) -> Choice:
+def choose(pattern: str, filled: str, resume: str, config: RunConfig, identity: Mapping[str, Any]) -> Choice:
     """The run that the options mean. ``filled`` is the pattern with its words, as a new run would take it.
 
     TrainingError where ``resume`` asks for what cannot be: IncompatibleCheckpoint names all that differs.
@@ -185,13 +191,16 @@ def choose(pattern: str, filled: str, resume: str, config: TrainConfig, identity
         raise ValueError(f"Got resume={resume!r}: expected one of {', '.join(RESUME)}.")
     if resume == ANEW:
         return Choice(None, None, True, "")
-    found = [Found(run, stored, stored.differences(config, identity), config.steps) for run, stored in runs_of(pattern)]
+    kind = type(config)
+    found = [
+        Found(run, stored, stored.differences(config, identity), config.steps) for run, stored in runs_of(pattern, kind)
+    ]
     if resume == AS_IT_IS:
         return _as_it_is(found, pattern)
     fitting = [each for each in found if not each.obstacle]
     if fitting:
         return _continued(max(fitting, key=lambda each: each.stored.step))
-    damage = damage_of(pattern, filled)
+    damage = damage_of(pattern, filled, kind)
     if resume == CONTINUE:
         raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
     nearest = _nearest(found) if found else None
@@ -239,12 +248,12 @@ def _nearest(found: list[Found]) -> Found:
     return next((each for each in found if not each.differing), found[0])
 
 
-def new_run(pattern: str, filled: str) -> Run:
+def new_run(pattern: str, filled: str, kind: type[RunConfig] = TrainConfig) -> Run:
     """A folder with the next free number, for adapters of the filled-in pattern. ValueError where it cannot be made."""
     require_writable(runs_folder())
     number = first_number(filled)
     while True:
-        run = Run(runs_folder() / f"{_folder_name(filled)}_{number:05}", pattern, f"{filled}_{number:05}")
+        run = Run(runs_folder() / f"{_folder_name(filled)}_{number:05}", pattern, f"{filled}_{number:05}", kind)
         try:
             run.folder.mkdir()
         except FileExistsError:
@@ -278,7 +287,7 @@ def opened(run: Run) -> Iterator[RunDirectory]:
     A run that comes to nothing inside, without a first checkpoint, leaves no folder.
     """
     try:
-        with open_run(run.folder) as directory:
+        with open_run(run.folder, run.kind) as directory:
             run.write_record()  # again: somebody may have cleared the folder
             clear_unfinished(run.stem)
             remove_unfinished(run.folder / ENCODED)
@@ -288,16 +297,17 @@ def opened(run: Run) -> Iterator[RunDirectory]:
             shutil.rmtree(run.folder, ignore_errors=True)
 
 
-def clear_states(pattern: str, keep: int) -> list[str]:
+def clear_states(pattern: str, keep: int, kind: type[RunConfig] = TrainConfig) -> list[str]:
     """Of a file name's finished runs only the ``keep`` newest keep what it takes to train them further.
 
     Figures and adapters stay. The names of the runs that were cleared now.
     """
-    finished = [run for run, stored in runs_of(pattern) if stored.continuable and stored.step == stored.config["steps"]]
+    found = runs_of(pattern, kind)
+    finished = [run for run, stored in found if stored.continuable and stored.step == stored.config["steps"]]
     cleared = []
     for run in finished[keep:]:
         try:
-            with open_run(run.folder) as directory:
+            with open_run(run.folder, kind) as directory:
                 directory.forget_state()
                 cleared.append(run.name)
                 shutil.rmtree(run.folder / ENCODED, ignore_errors=True)

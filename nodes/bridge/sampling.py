@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ...training.data.cache import settle
+from .one_step import OneStep
 from .previews import TrainingProgress
 
 logger = logging.getLogger(__name__)
@@ -80,9 +81,10 @@ class Painter:
         subject: Callable[[], Subject],
         brush: Brush,
         progress: TrainingProgress,
+        sigma: float | None = None,  # at which a one-step student is called; None = the brush's sampler and steps
     ) -> None:
         """``model`` is in a training session whenever something is drawn."""
-        self._model, self._vae, self._subject, self._brush = model, vae, subject, brush
+        self._model, self._vae, self._subject, self._brush, self._sigma = model, vae, subject, brush, sigma
         self._progress = progress
         self._works, self._decodes = True, True
 
@@ -102,7 +104,10 @@ class Painter:
         return torch.cat(pictures)
 
     def _picture(self, positive: list, negative: list) -> Tensor:
-        latent = draw_latent(self._model, self._vae, positive, negative, self._brush)
+        if self._sigma is None:
+            latent = draw_latent(self._model, self._vae, positive, negative, self._brush)
+        else:
+            latent = draw_once(self._model, self._vae, positive, self._brush, self._sigma)
         if self._decodes and has_room(self._vae, latent):
             try:
                 return decode(self._vae, latent)
@@ -136,10 +141,32 @@ def draw_latent(
 
     The random numbers that samplers draw come from the brush's seed, and the global generators are put back.
     """
+    return draw_from(model, _empty(model, vae, brush), positive, negative, brush)
+
+
+def _empty(model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, brush: Brush) -> Tensor:
     side = vae.spacial_compression_encode()
-    channels = model.model.latent_format.latent_channels
-    empty = torch.zeros(1, channels, brush.height // side, brush.width // side)
-    return draw_from(model, empty, positive, negative, brush)
+    return torch.zeros(1, model.model.latent_format.latent_channels, brush.height // side, brush.width // side)
+
+
+def draw_once(
+    model: comfy.model_patcher.ModelPatcher, vae: comfy.sd.VAE, positive: list, brush: Brush, sigma: float
+) -> Tensor:
+    """The LATENT (1, c, …) that a One-Step Sampler gives of the brush's size and seed, called at ``sigma``."""
+    with _sampling(model) as ready:
+        empty = comfy.sample.fix_empty_latent_channels(ready, _empty(model, vae, brush))
+        return comfy.sample.sample_custom(
+            ready,
+            comfy.sample.prepare_noise(empty, brush.seed),
+            1.0,
+            OneStep(),
+            torch.tensor([sigma, 0.0]),
+            positive,
+            [],
+            empty,
+            disable_pbar=True,
+            seed=brush.seed,
+        )
 
 
 def draw_from(

@@ -1,11 +1,9 @@
 """A training run inside ComfyUI: three sockets and a dataset in, an adapter in models/loras out."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
@@ -13,13 +11,13 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...training.adapters.methods import AdapterConfig
 from ...training.data.captions import contains, styled
 from ...training.data.concepts import PRIOR_SHARE, STYLE
 from ...training.data.dataset import Dataset
 from ...training.data.encoding import encode
 from ...training.data.items import Item
 from ...training.density_presets import style_window
-from ...training.errors import TrainingError
 from ...training.formats.starting import Start
 from ...training.hosts.host import Host
 from ...training.loops.checkpoint import RunDirectory
@@ -30,7 +28,7 @@ from ...training.loops.saving import Saving
 from ...training.loops.subject import parts_of
 from ...training.loops.teaching import Answers
 from ...training.loops.train import TrainResult, train
-from .adapters import AdapterTensors, read_tensors
+from .adapters import read_tensors
 from .board import Address
 from .denoiser import ComfyDenoiser
 from .encodings import Encodings
@@ -40,11 +38,13 @@ from .given import for_model, require_sockets
 from .host import comfy_host
 from .identity import identity_of
 from .memory import Training, leave_device, train_within_memory
+from .outcome import TrainedAdapter, as_it_is, kept, published_if_stopped, reporter
 from .previews import TrainingProgress
 from .prompts import conditioning_of
-from .publishing import publish, published, steps_of
+from .publishing import publish
 from .resuming import AUTOMATIC
-from .runs import ENCODED, Choice, Run, choose, clear_states, new_run, opened
+from .runs import ENCODED, choose, clear_states, new_run, opened
+from .sample_pictures import draw, draw_before
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
 from .starting import refuse_windowed, start_from, try_once
@@ -83,16 +83,6 @@ class Job:
     teacher: comfy.model_patcher.ModelPatcher | None = None  # whose answers are learned; None = the pictures
 
 
-@dataclass(frozen=True)
-class TrainedAdapter:
-    tensors: AdapterTensors
-    losses: list[float]  # mean of each optimizer step
-    path: Path
-    run: Path  # its folder
-    samples: dict[int, list[Path]]  # sample pictures by step, one a prompt; empty = none were asked for
-    ui: dict[str, list] | None  # for the node's ``ui`` output
-
-
 def train_adapter(sockets: Sockets, job: Job, address: Address | None = None) -> TrainedAdapter:
     """Trains, and saves the adapter under a free name. The model is afterwards what it was.
 
@@ -111,7 +101,8 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     assert resolution is not None, "a dataset states one"
     model = without_float16(sockets.model, getattr(torch, config.precision))
     sockets = replace(sockets, model=model)
-    filled = adapter_pattern(job.file_name, words_of(sockets, config))
+    words = words_of(model, config.style_phrase, resolution, config.seed, config.adapter)
+    filled = adapter_pattern(job.file_name, words)
     refuse_windowed(model)
     require_sockets(sockets.clip, sockets.vae, job.items, job.answers, config)
     encodings = Encodings()
@@ -135,7 +126,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         logger.info(choice.notice)
         progress.noted(choice.notice)
     if not choice.trains:
-        return _as_it_is(choice, config, progress)
+        return as_it_is(choice, config, progress)
     run = choice.run or new_run(job.file_name, filled)
     with opened(run) as directory:
         encodings.folder = run.folder / ENCODED
@@ -161,15 +152,15 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         def trains(saving: Saving) -> TrainResult:
             if painter:
                 draw_before(painter, directory, config, progress)
-            report = _reporter(run, job, progress)
+            report = reporter(run, job.config, job.save_intermediate, progress)
             if start:
                 progress.noted(start.said)
             return _train(sockets, job, host, dataset, directory, identity, report, painter, saving, start, answers)
 
-        with _published_if_stopped(run, config.steps):
+        with published_if_stopped(run, config.steps):
             training = Training(model, sockets.clip, host, dataset, config, run.folder, progress)
             result = train_within_memory(training, lambda: try_once(host, dataset), trains)
-        with _kept(directory):
+        with kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
         if answers is not None:
             answers.forget()
@@ -180,20 +171,6 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     progress.finished(f"{result.steps_done} steps, saved {path.name}{also}")
     samples = find_samples(directory.samples, config.sample_prompts, until=config.steps)
     return TrainedAdapter(read_tensors(path), result.losses, path, run.folder, samples, progress.ui())
-
-
-def _as_it_is(choice: Choice, config: TrainConfig, progress: TrainingProgress) -> TrainedAdapter:
-    """The adapter of a run that is not trained now."""
-    run, stored = choice.run, choice.stored
-    assert run is not None and stored is not None, "there is one, or it would be trained"
-    path = published(run.stem, stored.step)
-    if path is None:
-        finished = stored.step == stored.config["steps"]
-        path = publish(run.directory.adapter, run.stem, finished=finished)
-    progress.recalled(run.directory, config.sample_prompts, stored.step)
-    progress.finished(f"{stored.step} steps, {path.name}")
-    samples = find_samples(run.directory.samples, config.sample_prompts, until=stored.step)
-    return TrainedAdapter(read_tensors(path), run.directory.losses(), path, run.folder, samples, progress.ui())
 
 
 def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgress) -> Painter | None:
@@ -220,45 +197,25 @@ def painter_of(sockets: Sockets, job: Job, host: Host, progress: TrainingProgres
     return Painter(sockets.model, sockets.vae, subject, brush, progress)
 
 
-def draw_before(painter: Painter, run: RunDirectory, config: TrainConfig, progress: TrainingProgress) -> None:
-    """The pictures of step 0, by the model without an adapter, where the run's folder has none yet."""
-    if 0 in find_samples(run.samples, config.sample_prompts, until=0):
-        return
-    pictures = painter(0)
-    if pictures is not None:
-        run.save_images(0, pictures, config.sample_prompts)
-        progress.drawn(0)
-
-
 def tokens_of(latent: Tensor, model: comfy.model_patcher.ModelPatcher) -> int:
     """Image tokens of a latent (c, h, w)."""
     return latent.shape[-2] * latent.shape[-1] // latents_per_token(model) ** 2
 
 
-def words_of(sockets: Sockets, config: TrainConfig) -> dict[str, str]:
+def words_of(
+    model: comfy.model_patcher.ModelPatcher, style_phrase: str, resolution: int, seed: int, adapter: AdapterConfig
+) -> dict[str, str]:
     """The placeholders of a file name that are ours, and ComfyUI's for the size of a picture."""
-    side = str(config.resolution)
+    side = str(resolution)
     return {
-        "style": config.style_phrase,
-        "model": model_name(sockets.model),
-        "method": config.adapter.method,
-        "rank": str(config.adapter.rank),
-        "seed": str(config.seed),
+        "style": style_phrase,
+        "model": model_name(model),
+        "method": adapter.method,
+        "rank": str(adapter.rank),
+        "seed": str(seed),
         "width": side,
         "height": side,
     }
-
-
-def _reporter(run: Run, job: Job, progress: TrainingProgress) -> Callable[[Event], None]:
-    """Publishes what was just saved, where the user wants that, and passes the report on."""
-    every = job.config.save_every if job.save_intermediate else 0
-
-    def report(event: Event) -> None:
-        if every and event.step % every == 0 and event.step < event.steps:
-            publish(run.directory.adapter, run.stem, finished=False)
-        progress.report(event)
-
-    return report
 
 
 def _train(
@@ -282,7 +239,7 @@ def _train(
         run_dir=run,
         report=report,
         check=raise_if_interrupted,
-        sample=painter and partial(_draw, painter, sockets.vae),
+        sample=painter and partial(draw, painter, sockets.vae),
         device=host.device,
         latents_per_token=latents_per_token(sockets.model) ** 2,
         conditioning=host.training_conditioning,
@@ -295,26 +252,6 @@ def _train(
         start=start,
         answers=answers,
     )
-
-
-def _draw(painter: Painter, vae: comfy.sd.VAE, step: int) -> Tensor | None:
-    """Pictures, after which the VAE leaves the device again."""
-    try:
-        return painter(step)
-    finally:
-        leave_device(vae.patcher)
-
-
-@contextmanager
-def _kept(run: RunDirectory) -> Iterator[None]:
-    """Says that nothing is lost where the finished adapter cannot be copied."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"the adapter is trained and could not be saved in models/loras ({error.strerror}): make room, and queue "
-            f"again, which trains nothing anew. It is also here: {run.adapter}"
-        ) from error
 
 
 def sample_prompts(job: Job) -> list[str]:
@@ -330,19 +267,3 @@ def sample_prompts(job: Job) -> list[str]:
         return styled(prompt, phrase) if phrase and not named else prompt
 
     return [complete(prompt) for prompt in job.config.sample_prompts]
-
-
-@contextmanager
-def _published_if_stopped(run: Run, steps: int) -> Iterator[None]:
-    """Whatever is raised inside, the adapter of the last complete step is in models/loras before it goes on."""
-    try:
-        yield
-    except BaseException:
-        step = steps_of(run.directory.adapter)
-        if step:
-            try:
-                path = publish(run.directory.adapter, run.stem, finished=step == steps)
-                logger.warning("stopped at step %d: %s is the adapter so far, and the run can be continued", step, path)
-            except OSError:  # the one under way matters more
-                logger.exception("the adapter so far stays in %s", run.folder)
-        raise

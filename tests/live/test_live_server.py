@@ -7,7 +7,8 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 OURS = {
-    "NASANegativeAttention", "OneStepSampler", "OneStepSamplerParts", "PromptSwitchByLogSNR", "CFGByLogSNR",
+    "NASANegativeAttention", "OneStepSampler", "OneStepSamplerParts", "PGSBDistiller",
+    "PromptSwitchByLogSNR", "CFGByLogSNR",
     "StyleDataset", "StyleDatasetCombine", "StyleDensity", "StyleFriendlySNRTrainer", "StyleGuider", "StyleLoRALoader",
     "StyleLoRAResize", "StyleInjectToLoRA", "ConceptCrops", "StylewrightEmbeddedModel", "StylewrightReference",
 }  # fmt: skip
