@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...training.attention_guidance import AttentionGuidance
 from ...training.denoiser import Conditioning
-from ...training.loops.score_passes import Against
+from ...training.loops.networks import Against
 from .denoiser import ComfyDenoiser
 from .kernels import exchanged
 from .negative import apply
