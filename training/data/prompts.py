@@ -14,7 +14,7 @@ import torch
 
 from ..denoiser import Conditioning
 from ..randomness import generator
-from .cache import Cache, digest
+from .cache import Cache, digest, digest_named, settled
 from .captions import styled
 from .lines import Lines
 from .store import Store
@@ -63,6 +63,8 @@ class Prompts:
         if not self.count:
             raise ValueError("There are no prompts: give at least one line that is not empty.")
         for line in self.lines:
+            if not line.strip():
+                raise ValueError(f"Got the prompt {line!r}, which is empty: write what to draw, or leave it out.")
             read_line(line)
 
     @property
@@ -97,7 +99,11 @@ def read_prompts(path: Path, folder: Path) -> Lines:
 
 
 def remembered(encode: Encode, cache: Cache | Store, encoder: str) -> Encode:
-    """``encode`` that keeps each prompt's row. ``encoder`` names what encodes."""
+    """``encode`` that keeps each prompt's row.
+
+    ``encoder`` names what encodes. What it makes of the empty prompt tells it from others of that name.
+    """
+    encoder = digest(encoder, digest_named(settled(encode([""]))))
 
     def recall(prompts: Sequence[str]) -> Conditioning:
         rows = [

@@ -85,8 +85,8 @@ class RunDirectory:
             return Stored(config, saved["identity"], learner["step"], "optimizer" in learner)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise IncompatibleCheckpoint(
-                f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}): choose another "
-                "folder, or delete the file to begin anew."
+                f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}). It may be damaged, "
+                "or of a newer Stylewright: update it, choose another folder, or delete the file to begin anew."
             ) from error
 
     def load(self, config: RunConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:

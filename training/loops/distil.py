@@ -89,7 +89,9 @@ def distil(
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
         with processes.together():
             texts = Texts(encode, conditioning or {}, device)
-            texts.of(prompts.drawn(config.seed, 0, config.samples_a_step))  # refuses what the model does not know
+            draws = Draws(config, latent_size, denoiser.clock, texts)
+            first = prompts.drawn(config.seed, 0, config.samples_a_step) + draws.negatives(0)
+            texts.of(first)  # refuses what the model does not know
         configs = {STUDENT: config.adapter, FAKE: config.fake}
         adapters = stack.enter_context(
             attached_together(denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device)
@@ -113,7 +115,7 @@ def distil(
         iteration = Iteration(
             config=config,
             networks=Networks(denoiser, student, fake, config.precision, against, device.type),
-            draws=Draws(config, latent_size, denoiser.clock, texts),
+            draws=draws,
             learner=learner,
             taught=taught,
             meter=meter,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from ..adapters.methods import LORA_FAMILY, AdapterConfig
+from ..data.prompts import Prompts
 from ..distillation import CONVENTIONS, PG_SB
 from .config import PRECISIONS
 from .optimizers import OPTIMIZERS, SCHEDULES, check_optimizer
@@ -85,6 +86,8 @@ class DistilConfig:
         self._require("guidance_low", -math.inf < self.guidance_low <= self.guidance_high < math.inf, "low <= high")
         self._require("nasa_low", 0 <= self.nasa_low <= self.nasa_high < math.inf, "0 <= low <= high")
         self._require("lowest_time", 0 <= self.lowest_time < self.highest_time <= 1, "0 <= lowest < highest <= 1")
+        if self.negative_prompts:
+            Prompts(self.negative_prompts)
         for rate in (self.learning_rate, self.fake_learning_rate):
             check_optimizer(self.optimizer, rate, self.scheduler, self.ema_decay)
         self._require("fake_rank", self.fake_rank >= 1, "at least 1")

@@ -60,11 +60,14 @@ class Draws:
             scales=scales[rows].to(device),
             conditioning=self.texts.of(prompts),
             null=null,
-            away=self.texts.of(self._negatives(step)[rows]) if config.negative_prompts else null,
+            away=self.texts.of(self.negatives(step)[rows]) if config.negative_prompts else null,
             nasa=self._nasa(step) if config.negative_prompts else 0.0,
         )
 
-    def _negatives(self, step: int) -> list[str]:
+    def negatives(self, step: int) -> list[str]:
+        """A negative prompt for each sample of a step; none where there are none."""
+        if not self.config.negative_prompts:
+            return []
         return Prompts(self.config.negative_prompts).drawn(
             self.config.seed, step, self.config.samples_a_step, "negative prompts"
         )

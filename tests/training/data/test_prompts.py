@@ -83,6 +83,8 @@ def test_a_long_file_stays_on_disk(tmp_path):
 def test_no_lines_are_refused():
     with pytest.raises(ValueError, match="no prompts"):
         Prompts(())
+    with pytest.raises(ValueError, match="' ', which is empty"):
+        Prompts(("a star", " "))
 
 
 def test_a_prompt_is_encoded_once_and_found_again(tmp_path):
@@ -95,9 +97,21 @@ def test_a_prompt_is_encoded_once_and_found_again(tmp_path):
     for _ in range(2):
         rows = remembered(encode, Cache(tmp_path), "toy")(["a", "bcd", "a"])
         assert rows["context"].tolist() == [[1.0], [3.0], [1.0]]
-    assert asked == ["a", "bcd"]
+    assert [each for each in asked if each] == ["a", "bcd"]
     remembered(encode, Cache(tmp_path), "another")(["a"])
-    assert asked == ["a", "bcd", "a"]
+    assert [each for each in asked if each] == ["a", "bcd", "a"]
+
+
+def test_another_encoder_of_the_same_name_is_asked_itself(tmp_path):
+    def encoder(size):
+        return remembered(
+            lambda prompts: {"context": torch.tensor([[size + len(prompt)] for prompt in prompts])},
+            Cache(tmp_path),
+            "toy",
+        )
+
+    for size in (1.0, 2.0, 1.0):
+        assert encoder(size)(["ab"])["context"].item() == size + 2
 
 
 def test_the_embedded_models_grammar_has_words_that_it_knows_only():

@@ -14,6 +14,7 @@ from stylewright.training.formats.adapters import load_adapter
 from stylewright.training.formats.contents import read_about
 from stylewright.training.formats.metadata import read_metadata
 from stylewright.training.formats.starting import Start
+from stylewright.training.formats.state import load_state, save_state
 from stylewright.training.loops.distil import distil
 from stylewright.training.loops.distil_config import DistilConfig
 from stylewright.training.randomness import generator
@@ -213,6 +214,17 @@ def test_another_run_in_the_folder_is_named(tmp_path):
         run(tmp_path, prompts=Prompts(("a house",)))
 
 
+def test_a_newer_checkpoint_is_said_to_be_one_and_stays_as_it_is(tmp_path):
+    run(tmp_path, steps=2)
+    path = tmp_path / "checkpoint.safetensors"
+    content = load_state(path)
+    save_state(path, {**content, "config": {**content["config"], "of_tomorrow": 1}})
+    before = path.read_bytes()
+    with pytest.raises(IncompatibleCheckpoint, match=r"Unknown option of_tomorrow.*a newer Stylewright: update it"):
+        run(tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_events_tell_of_the_fake(tmp_path):
     run(tmp_path)
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
@@ -231,6 +243,7 @@ def test_events_tell_of_the_fake(tmp_path):
         ({"nasa_low": 2.0}, "nasa_low=2.0"),
         ({"fake_learning_rate": 0.0}, "fake_learning_rate"),
         ({"fake_rank": 0}, "fake_rank=0"),
+        ({"negative_prompts": ("{blurry",)}, "brace"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(changes, words):
