@@ -112,3 +112,37 @@ def patches(images: Tensor, size: int, *, stride: int = 1) -> Tensor:
     if size > min(images.shape[2:]):
         raise ValueError(f"Got patches of {size} pixels from images of {images.shape[2]}x{images.shape[3]}.")
     return torch.nn.functional.unfold(images, size, stride=stride).movedim(1, 2).flatten(0, 1)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared distance between the laws of the features a (n, d) and b (m, d): KID, without bias, so below 0 at times.
+
+    Binkowski et al., Demystifying MMD GANs, arXiv 1801.01401: the maximum mean discrepancy of the kernel
+    (x y / d + 1)^3, which sees the first three moments.
+    """
+    _require_points(a, b, least=2)
+    a, b = a.double(), b.double()
+    within = [_kernel(x, x).fill_diagonal_(0).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
+    return (within[0] + within[1] - 2 * _kernel(a, b).mean()).item()
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def recall(real: Tensor, drawn: Tensor, *, k: int = 3) -> float:
+    """Share of the features real (n, d) that lie no further from one of drawn (m, d) than its k-th neighbour there.
+
+    Kynkaanniemi et al., Improved Precision and Recall Metric, arXiv 1904.06991: how much of the real pictures' variety
+    the drawn ones have. Swapped it is their precision. It grows with m: compare equal numbers.
+    """
+    _require_points(real, drawn, least=k + 1)
+    reach = torch.cdist(drawn, drawn).kthvalue(k + 1, dim=1).values  # its first neighbour is itself
+    return (torch.cdist(real, drawn) <= reach).any(1).double().mean().item()
+
+
+def _require_points(a: Tensor, b: Tensor, *, least: int) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
+        raise ValueError(
+            f"Got points of shapes {tuple(a.shape)} and {tuple(b.shape)}: expected (n, d) and (m, d), at least {least}."
+        )

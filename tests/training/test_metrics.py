@@ -128,3 +128,34 @@ def test_similarity_is_the_cosine():
     features, concepts = points(4, 6, seed=1), points(3, 6, seed=2)
     expected = torch.nn.functional.cosine_similarity(features[:, None], concepts, dim=2)
     torch.testing.assert_close(metrics.similarity(5 * features, concepts), expected.double(), atol=1e-6, rtol=0)
+
+
+def test_the_kernel_distance_of_two_laws_is_that_of_their_moments():
+    """In one dimension E(xy + 1)^3 = 1 + 3 m m' + 3 s s' + t t', of the means and the second and third moments."""
+    a, b = (torch.tensor(law)[:, None].repeat(1000, 1) for law in ([-1.0, 1.0], [0.0, 2.0]))
+    first, second, third = (0, 1), (1, 2), (0, 4)  # moments of a and b
+    expected = 3 * (first[0] - first[1]) ** 2 + 3 * (second[0] - second[1]) ** 2 + (third[0] - third[1]) ** 2
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=0.01)
+    assert metrics.kernel_distance(b, a) == pytest.approx(metrics.kernel_distance(a, b))
+
+
+def test_the_kernel_distance_has_no_bias():
+    """Of sets of the same law its mean is 0, however small they are."""
+    found = [metrics.kernel_distance(points(10, 3, seed=i), points(8, 3, seed=1000 + i)) for i in range(400)]
+    interval = metrics.mean_interval(found)
+    assert interval.low < 0 < interval.high
+
+
+def test_recall_is_the_share_of_the_real_ones_that_lie_among_the_drawn():
+    drawn = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    real = torch.tensor([[0.5], [-0.9], [-1.1], [100.0]])
+    assert metrics.recall(real, drawn, k=1) == 0.5
+    assert metrics.recall(real, drawn, k=2) == 0.75  # the outer ones now reach 2 far
+    assert metrics.recall(real, real[:2].repeat(2, 1), k=1) == 0.5  # drawn twice is no further
+
+
+@pytest.mark.parametrize("function", [metrics.kernel_distance, metrics.recall])
+@pytest.mark.parametrize("shapes", [((5, 2), (5, 3)), ((5, 2), (1, 2)), ((10,), (10,))])
+def test_points_that_cannot_be_compared_are_refused(function, shapes):
+    with pytest.raises(ValueError, match="shapes"):
+        function(*map(torch.zeros, shapes))
