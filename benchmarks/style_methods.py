@@ -12,6 +12,7 @@ both      harmonic mean of style and subject
     python benchmarks/style_methods.py --out methods            runs what is missing, then prints the tables
     python benchmarks/style_methods.py --out methods --report   prints the tables of what is there
     … --figure methods.png                                      and draws them
+    … --forms           StyleInject's forms and numbers of branches, on three styles with two seeds
 
 Every finished run is a line of ``runs.jsonl``. The rates are each method's best of three on two further styles
 (``--rates``). FineStyle's adapters sit on keys and values; its crops are those of the subjects' true boxes, as a user
@@ -95,6 +96,21 @@ METHODS = {
     "FineStyle": Method(KEYS_AND_VALUES, 1e-3, crops=True),
     "DCO": Method(LORA, 1e-3, loss="dco"),
     "DCO, SD3's law": Method(LORA, 1e-3, loss="dco", density=SD3),
+    "LoRA, SD3's law": Method(LORA, 1e-3, density=SD3),
+}
+
+
+def style_inject(rank: int, **options: Any) -> Method:
+    return Method(AdapterConfig(method="styleinject", rank=rank, **options), METHODS["StyleInject"].rate)
+
+
+FORMS = {
+    "StyleInject": METHODS["StyleInject"],  # f2c, 4 branches
+    "f2": style_inject(2, injection="f2"),
+    "f1": style_inject(2, injection="f1"),
+    "LoRA-like": style_inject(2, injection="lora"),
+    "2 branches": style_inject(4, branches=2),
+    "8 branches": style_inject(1, branches=8),
 }
 
 
@@ -111,6 +127,11 @@ class Arm:
 def arms(seeds: int) -> Iterator[Arm]:
     for seed, style, method in itertools.product(range(seeds), TESTED, METHODS):
         yield Arm(style, seed, method)
+
+
+def form_arms() -> Iterator[Arm]:
+    for seed, style, form in itertools.product(range(2), TESTED[:3], FORMS):
+        yield Arm(style, seed, form)
 
 
 def rate_arms() -> Iterator[Arm]:
@@ -145,7 +166,7 @@ def items_for(reference: Several, method: Method, seed: int) -> list[Item]:
 def measure(presence: Path, arm: Arm) -> dict[str, dict[str, float]]:
     """Scores under CFG, and under every pair of scales of the grid for FineStyle with the first seed."""
     host, oracle, seer = model(presence)
-    reference, method = reference_of(arm), METHODS[arm.method]
+    reference, method = reference_of(arm), (METHODS | FORMS)[arm.method]
     shown = [SUBJECTS.index(name) for name in reference.subjects]
     asked = [i for i in range(len(SUBJECTS)) if i not in shown] * TWICE
     prompts = [styled(SUBJECTS[i], FREE_WORD) for i in asked]
@@ -209,7 +230,7 @@ def report(out: Path) -> str:
     """Means with 95 % intervals over styles and seeds, differences to LoRA in pairs, and the grid."""
     rows = read(out)
     first = next(iter(METHODS))
-    count = sum(not row["arm"]["rate"] for row in rows)
+    count = sum(not row["arm"]["rate"] and row["arm"]["method"] in METHODS for row in rows)
     lines = [f"{count} runs of {RECIPE.steps} steps; mean and half the 95 % interval over styles and seeds", ""]
     lines += [f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
     for method, rule in [(first, "before"), *((method, "cfg") for method in METHODS)]:
@@ -226,6 +247,26 @@ def report(out: Path) -> str:
     for l1, l2 in GRID:
         cells = [shown(list(values(rows, "FineStyle", f"{l1:g} {l2:g}", name).values())) for name in SCORES]
         lines.append(f"l1 {l1:<4g} l2 {l2:<13g}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def report_forms(out: Path) -> str:
+    """Means of the forms over the styles and seeds that all of them have, and differences to the first in pairs."""
+    places = {(arm.style, arm.seed) for arm in form_arms()}
+    scores = {
+        (form, name): {place: one for place, one in values(read(out), form, "cfg", name).items() if place in places}
+        for form, name in itertools.product(FORMS, SCORES)
+    }
+    first = next(iter(FORMS))
+    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
+    for form in FORMS:
+        cells = [shown(list(scores[form, name].values())) for name in SCORES]
+        lines.append(f"{form:24}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += ["", f"less {first}, run by run"]
+    for form in list(FORMS)[1:]:
+        pairs = {name: (scores[form, name], scores[first, name]) for name in SCORES}
+        cells = [shown([mine[at] - base[at] for at in mine.keys() & base.keys()]) for mine, base in pairs.values()]
+        lines.append(f"{form:24}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -279,7 +320,7 @@ def draw(out: Path, path: Path) -> None:
 def parameters() -> str:
     host = load_embedded()
     lines = []
-    for name, method in METHODS.items():
+    for name, method in (METHODS | FORMS).items():
         with attached(host.denoiser.module, method.adapter, family=host.denoiser.family, seed=0) as adapter:
             lines.append(f"{name:24} {sum(tensor.numel() for tensor in adapter.parameters()):>10}")
     return "\n".join(lines)
@@ -291,6 +332,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--rates", action="store_true", help="only the rates, on two further styles")
+    parser.add_argument("--forms", action="store_true", help="only StyleInject's forms and numbers of branches")
     parser.add_argument("--parameters", action="store_true", help="only how many parameters each method trains")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--figure", type=Path, help="draw it, too")
@@ -301,9 +343,10 @@ def main() -> None:
     if not options.report:
         presence = options.out / "presence.safetensors"
         load_presence(presence)  # once, not in each process
-        wanted = list(rate_arms() if options.rates else arms(options.seeds))
+        wanted = list(form_arms() if options.forms else rate_arms() if options.rates else arms(options.seeds))
         run(options.out, wanted, functools.partial(measure, presence), options.workers)
-    print(report_rates(options.out) if options.rates else report(options.out))
+    reports = report_forms if options.forms else report_rates if options.rates else report
+    print(reports(options.out))
     if options.figure:
         draw(options.out, options.figure)
 
