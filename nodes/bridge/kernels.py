@@ -77,14 +77,21 @@ def _replacements() -> Iterator[tuple[ModuleType, str, Callable]]:
         for name in vars(plain).keys() & vars(comfy_kitchen).keys():
             if callable(vars(plain)[name]):
                 yield comfy_kitchen, name, vars(plain)[name]
+    for owner, chosen, attention in attentions():
+        if attention.__name__ not in DIFFERENTIABLE:
+            yield owner, chosen, comfy.ldm.modules.attention.attention_pytorch
+    for name, owner in list(sys.modules.items()):
+        if name.startswith("comfy.ldm.pixeldit.") and "apply_adaln_" in vars(owner):
+            yield owner, "apply_adaln_", _modulated
+
+
+def attentions() -> Iterator[tuple[ModuleType, str, Any]]:
+    """Where ComfyUI's models keep the attention that was chosen: modules, names in them, functions."""
     for name, owner in list(sys.modules.items()):
         if name.startswith("comfy.ldm."):
             for chosen in CHOSEN:
-                attention = vars(owner).get(chosen)
-                if attention is not None and attention.__name__ not in DIFFERENTIABLE:
-                    yield owner, chosen, comfy.ldm.modules.attention.attention_pytorch
-        if name.startswith("comfy.ldm.pixeldit.") and "apply_adaln_" in vars(owner):
-            yield owner, "apply_adaln_", _modulated
+                if chosen in vars(owner):
+                    yield owner, chosen, vars(owner)[chosen]
 
 
 @contextmanager

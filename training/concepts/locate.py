@@ -11,7 +11,7 @@ from ..hosts.generate import with_extras
 from ..hosts.host import Host
 from ..noise import add_noise, gaussian
 from ..randomness import generator
-from .maps import Layout, Recorder, contrasted
+from .maps import PATCHES, Joint, Layout, Recorder, contrasted, text_first
 from .phrases import places_of
 
 # log_snr: flow times 0.35, 0.5 and 0.65, and on SD's table times 300 to 600 of 1000.
@@ -23,7 +23,8 @@ class Watch:
     """How a host's model is seen. ``open``: inside of it, a recorder sees what the model attends to."""
 
     open: Callable[[Recorder], AbstractContextManager[object]]
-    text_first: bool = True  # where picture and text share one attention
+    joint: Joint = text_first  # where picture and text share one attention
+    sides: tuple[int, ...] = PATCHES  # of a token in latent pixels there
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def looked(
     latents = host.encode_images(picture[None].to(host.device)).to(host.device)
     conditioning = with_extras(host.encode_prompts([prompt]), host.training_conditioning)
     conditioning = {name: value.to(host.device) for name, value in conditioning.items()}
-    layout = Layout(sum(map(len, texts(prompt))), *latents.shape[-2:], text_first=watch.text_first)
+    layout = Layout(sum(map(len, texts(prompt))), *latents.shape[-2:], watch.joint, watch.sides)
     recorder, process = Recorder(layout, places), host.denoiser.process
     looks = [(level, noise) for level in search.levels or LEVELS[process] for noise in range(search.noises)]
     with watch.open(recorder), torch.no_grad():

@@ -5,7 +5,7 @@ the text, with weights that add up to 1 over the text. FineStyle takes its maps 
 noise levels and norms it takes is not in any source that we know, so these are our choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -17,6 +17,17 @@ MIDDLE = (2, 4)  # sides of a UNet's tokens in latent pixels, of the layers that
 SKIPPED = 0.15  # share of the layers of joint attention that come first, and do not count
 PATCHES = (2, 1)  # sides of a token where picture and text share one attention, the more usual first
 
+# Of a sequence's length and of how many tokens text and picture have: where each begins in it. None = it is another.
+Joint = Callable[[int, int, int], tuple[int, int] | None]
+
+
+def text_first(length: int, text: int, picture: int) -> tuple[int, int] | None:
+    return (0, text) if length == text + picture else None
+
+
+def picture_first(length: int, text: int, picture: int) -> tuple[int, int] | None:
+    return (picture, 0) if length == text + picture else None
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,7 +36,8 @@ class Layout:
     text: int  # tokens
     height: int  # of the latents
     width: int
-    text_first: bool = True  # in joint attention; else the picture is
+    joint: Joint = text_first  # where picture and text share one attention
+    sides: tuple[int, ...] = PATCHES  # of a token in latent pixels there
 
     def grid(self, side: int) -> tuple[int, int]:
         """Rows and columns of a picture's tokens of so many latent pixels a side."""
@@ -72,15 +84,16 @@ class Recorder:
         """Which queries are the picture's and which keys the text's; None where it is no attention to the text."""
         layout = self.layout
         if keys == layout.text and queries != keys:
-            side = layout.side_of(queries, (1, 2, 4, 8, 16))
+            side = layout.side_of(queries, (1, 2, 4, 8, 16, 32))
             return None if side is None else (slice(None), slice(None), side)
-        side = layout.side_of(keys - layout.text, PATCHES) if queries == keys > layout.text else None
-        if side is None:
-            return None
-        self.joint = True
-        if layout.text_first:
-            return slice(layout.text, None), slice(layout.text), side
-        return slice(keys - layout.text), slice(keys - layout.text, None), side
+        for side in layout.sides:
+            rows, columns = layout.grid(side)
+            begun = layout.joint(keys, layout.text, rows * columns)
+            if begun is not None and keys - queries <= begun[1]:
+                self.joint = True
+                text, picture = begun[0], begun[1] - (keys - queries)  # queries may be of the sequence's end alone
+                return slice(picture, picture + rows * columns), slice(text, text + layout.text), side
+        return None
 
     def maps(self) -> Tensor:
         """The mean map of each phrase, (phrases, height, width) of the latents. ValueError where nothing was seen."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..concepts.locate import Watch
-from ..concepts.maps import Recorder
+from ..concepts.maps import Recorder, picture_first, text_first
 from .host import Host
 
 PICTURE_FIRST = ("sd3",)  # families of joint attention in which diffusers puts the text behind the picture
@@ -30,4 +30,4 @@ class _Seen(TorchFunctionMode):
 
 def watch_of(host: Host) -> Watch:
     """For models of diffusers, whose attention goes through torch's ``scaled_dot_product_attention``."""
-    return Watch(_Seen, host.denoiser.family not in PICTURE_FIRST)
+    return Watch(_Seen, picture_first if host.denoiser.family in PICTURE_FIRST else text_first)

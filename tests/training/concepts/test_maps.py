@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stylewright.training.concepts.maps import Layout, Recorder, attention_to, contrasted
+from stylewright.training.concepts.maps import Layout, Recorder, attention_to, contrasted, picture_first, text_first
 
 ROWS, COLUMNS, TEXT, WIDTH = 4, 6, 5, 8  # of tokens
 
@@ -32,7 +32,9 @@ def expected(cells, looking, idle):
 @pytest.mark.parametrize("kind", ["cross", "text first", "picture first"])
 def test_a_planted_attention_is_found(kind):
     q, k = planted(CELLS, token=3)
-    recorder = Recorder(Layout(TEXT, 2 * ROWS, 2 * COLUMNS, kind == "text first"), [[3], [0, 1]])
+    recorder = Recorder(
+        Layout(TEXT, 2 * ROWS, 2 * COLUMNS, text_first if kind == "text first" else picture_first), [[3], [0, 1]]
+    )
     for _ in range(2):
         recorder.begin()
         if kind == "cross":
