@@ -6,13 +6,14 @@ nobody notices: the recomputed block starts from the wrong tensor and the gradie
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import Context, copy_context
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as recompute_later
 
 from .offload import Garage
@@ -132,9 +133,36 @@ def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage:
         values = tuple(dict(value) if type(value) is dict else value for value in values)
         values = map(garage.park, values) if garage else values
         # torch reads from a tensor among the arguments which device's generator it has to put back.
-        return recompute_later(on_copies, copy_context(), tuple(kwargs), device, *values, use_reentrant=False)
+        modes = _modes.get()
+        return recompute_later(
+            *(on_copies, copy_context(), tuple(kwargs), device, *values),
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _all_of(modes)),
+        )
 
     return recomputing
+
+
+@contextmanager
+def also_recomputed(mode: TorchFunctionMode) -> Iterator[None]:
+    """``with mode``, in which what :func:`differentiable` computes again of the inside is computed, too."""
+    token = _modes.set((*_modes.get(), mode))
+    try:
+        with mode:
+            yield
+    finally:
+        _modes.reset(token)
+
+
+_modes: ContextVar[tuple[TorchFunctionMode, ...]] = ContextVar("modes", default=())
+
+
+@contextmanager
+def _all_of(modes: tuple[TorchFunctionMode, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
 
 
 def _copied(value: Any) -> Any:

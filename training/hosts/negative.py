@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..attention_guidance import AttentionGuidance, Tokens
 from ..denoiser import Conditioning, Denoiser
+from ..gradients import also_recomputed
 
 TEXT_FIRST, IMAGE_FIRST, CROSS = "text first", "image first", "cross"
 # Where a family's attention has its text: beside the picture's tokens, or in layers of its own.
@@ -53,7 +54,7 @@ class NegativeDenoiser:
             name: torch.cat([value, self.negative[name] if name in TOLD else value])
             for name, value in conditioning.items()
         }
-        with _TwoTexts(self.guidance, LAYOUTS[self.family], lengths[0]):
+        with also_recomputed(_TwoTexts(self.guidance, LAYOUTS[self.family], lengths[0])):
             doubled = self.denoiser(x_t.repeat(2, 1, 1, 1), log_snr.repeat(2), both)
         return doubled[: len(x_t)]
 

@@ -14,7 +14,7 @@ from ..losses import mse
 from ..noise import add_noise
 from ..one_step import answer_of
 from ..predictions import target
-from .networks import Networks
+from .networks import Against, Networks
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, judged: Judged)
     """x0 (b, c, h, w) in float32 of the student from unit noise, called at log_snr (b,). In ``acting_as(student)``."""
     denoiser = networks.denoiser
     if judged.nasa:
-        against = networks.against or partial(NegativeDenoiser, denoiser)
+        against: Against = networks.against or partial(NegativeDenoiser, denoiser)
         denoiser = against(AttentionGuidance("nasa", judged.nasa), judged.away)
     return answer_of(denoiser, judged.conditioning)(noise, log_snr)
 

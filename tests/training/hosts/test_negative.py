@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stylewright.training.attention_guidance import AttentionGuidance
+from stylewright.training.gradients import differentiable
 from stylewright.training.hosts.loading import load_host
 from stylewright.training.hosts.negative import NegativeDenoiser
 
@@ -39,6 +40,18 @@ def test_another_text_moves_the_answer_away_and_reaches_gradients(world):
         assert answer.shape == plain.shape and not torch.allclose(answer, plain, atol=1e-6)
     answer.sum().backward()
     assert x_t.grad.isfinite().all() and x_t.grad.any()
+
+
+def test_gradients_are_the_same_where_blocks_are_recomputed_after_the_call(world):
+    denoiser, x_t, log_snr, positive, negative = world
+    found = []
+    for checkpoint in (False, True):
+        x = x_t.clone().requires_grad_()
+        with differentiable(denoiser.module, checkpoint=checkpoint):
+            guided = NegativeDenoiser(denoiser, AttentionGuidance("nasa", 0.4), negative)
+            guided(x, log_snr, positive).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
 def test_texts_of_different_length_and_unknown_families_are_refused(world):
