@@ -1,6 +1,6 @@
 """``stylewright distill``: a one-step student of a model, from prompts."""
 
-import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -10,14 +10,13 @@ from ..loops.config import AUTOMATIC_PRECISION, precision_on
 from ..loops.distil_config import DistilConfig
 from ..loops.share import require_alike
 from ..loops.tables import from_table
+from .distill_job import HELP, JOB, DistilJob
 from .flags import flags_of, merge, with_flags
-from .job import HELP as JOB_HELP
 from .job import read_toml, sorted_out
 from .launch import Launch, as_launched, launched
 from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
 from .train import CHECKPOINT, nothing_left_of_a_false_start
-from .train import HELP as TRAIN_HELP
 
 if TYPE_CHECKING:
     from ..data.prompts import Encode, Prompts
@@ -25,60 +24,10 @@ if TYPE_CHECKING:
     from ..hosts.host import Host
     from ..loops.distil import DistilResult
     from ..loops.events import Event
+    from ..loops.likeness import Likeness
 
 
-@dataclasses.dataclass(frozen=True)
-class DistilJob:
-    """Where a distillation takes its model and prompts from, and where it leaves its results."""
-
-    model: str = "embedded"
-    components: str | None = None
-    prompt: tuple[str, ...] = ()
-    prompts: str | None = None
-    encodings: str | None = None
-    style_phrase: str = ""
-    resolution: int | None = None
-    device: str = "auto"
-    out: str = "runs/student"
-
-
-JOB = {
-    **{name: JOB_HELP[name] for name in ("model", "components", "device")},
-    "prompt": "What to learn from, alternatives as {a|b}; may be repeated. (default: what the model says of itself)",
-    "prompts": "A text file of such prompts, one a line; each line is as likely as any other.",
-    "encodings": "A folder to keep encoded prompts in, for this run and others. (default: the run's, if they are few)",
-    "style_phrase": 'Prompts become "{prompt} in {style phrase} style".',
-    "resolution": "Side in pixels of the student's square pictures. (default: the model's own)",
-    "out": "Folder of the run; a run that is there is continued.",
-}
 FEW = 10_000  # lines of prompts, whose encodings are kept unasked: those of millions would fill the disk
-SHARED = ("optimizer", "weight_decay", "scheduler", "warm_up", "precision", "seed")
-SHARED += ("save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing")
-HELP = {
-    **{name: TRAIN_HELP[name] for name in SHARED},
-    **{name: text for name, text in TRAIN_HELP.items() if name.startswith("adapter.")},
-    "steps": "Updates of the student.",
-    "batch_size": "Pictures at once, of all processes together.",
-    "accumulation": "Batches to an update, of either network.",
-    "learning_rate": "Of the student.",
-    "fake_learning_rate": "Of the fake network, which learns what the student draws.",
-    "fake_updates": "Of the fake network to one of the student.",
-    "clip_norm": "Largest norm of either gradient; 0 = no limit.",
-    "ema_decay": "Save a moving average of the student; 0 = none.",
-    "convention": '"pg-sb": both networks are guided by one scale; "dmd": the teacher alone is.',
-    "guidance_low": "The scale is drawn from here …",
-    "guidance_high": "… to here; the same number twice is a fixed one.",
-    "guidance_by_sample": "Draw a scale for each picture, instead of one for all.",
-    "time": "At which the student is called: 1 = the teacher's last, 0.4 = 399 of 1000.",
-    "lowest_time": "Of the noise in which the student's pictures are judged.",
-    "highest_time": "The same.",
-    "negative_prompts": "NASA-T: what the teacher is guided away from, and the student; may be repeated.",
-    "nasa_low": "Of the scale in the student's attention, which is drawn from here …",
-    "nasa_high": "… to here.",
-    "null_share": "Share of the fake's samples that have the empty prompt.",
-    "fake_rank": "Of the fake network's adapter.",
-    "fake_alpha": "It is scaled by alpha / rank.",
-}
 FLAGS = (*flags_of(DistilJob, JOB, "Model and prompts"), *flags_of(DistilConfig, HELP, "Distillation"))
 
 
@@ -147,6 +96,8 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         apart = event.others.get("apart", float("nan"))
         update("distilling", event.step, event.steps, f"apart {apart:.4f}")
 
+    with processes.together():
+        likeness = likeness_of(job, options, host)
     with patient_interrupt(speaks=processes.writes) as check:
         return distil(
             cast("TimedDenoiser", host.denoiser),
@@ -163,6 +114,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             base_model=host.name,
             unet_layers=host.unet_layers,
             resolution=side,
+            likeness=likeness,
             processes=processes,
         )
 
@@ -189,6 +141,27 @@ def _encoder(job: DistilJob, host: "Host", prompts: "Prompts", folder: Path, pro
         return host.encode_prompts
     store = Store(Path(job.encodings) if job.encodings else folder / "cache", process)
     return remembered(host.encode_prompts, store, f"{host.name}, {host.denoiser.family}")
+
+
+def likeness_of(job: DistilJob, options: DistilConfig, host: "Host") -> "Likeness | None":
+    """What tells how alike pictures and prompts are, where the options count it. ValueError where nothing does."""
+    if not options.clip_weight:
+        if job.clip or job.decoder:
+            raise ValueError("Got --clip or --decoder, which do nothing without --clip-weight: 0.1 is PG-SB's")
+        return None
+    from ..hosts.likeness import open_clip, open_tiny_decoder
+    from ..loops.likeness import Likeness
+
+    open_features = partial(open_clip, Path(job.clip), host.device) if job.clip else host.open_features
+    if open_features is None:
+        raise ValueError(
+            f"Got clip_weight={options.clip_weight} and nothing that compares {host.name}'s pictures with prompts: "
+            "--clip names the folder of a CLIP as transformers saves it (config.json, model.safetensors, tokenizer)"
+        )
+    features = open_features()
+    if job.decoder:
+        return Likeness(open_tiny_decoder(Path(job.decoder), host.latent_channels, host.device), features)
+    return Likeness(host.open_decoder(), features)
 
 
 def _sampler(host: "Host", options: DistilConfig, side: int) -> Any:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..denoiser import Conditioning
 from ..embedded.autoencoder import LATENT_CHANNELS, load_autoencoder
+from ..embedded.features import features_of
 from ..embedded.grammar import grammar
+from ..embedded.oracle import load_oracle
 from ..embedded.renderer import SIZE
 from ..embedded.text import TextEncoder, encode_prompts
 from ..embedded.transformer import load_transformer
@@ -40,8 +42,7 @@ def load_embedded(
     def encode_images(images: Tensor) -> Tensor:
         return autoencoder.encode(2 * images.to(device).float() - 1).latents
 
-    @torch.no_grad()
-    def decode_latents(latents: Tensor) -> Tensor:
+    def decode(latents: Tensor) -> Tensor:
         return (autoencoder.decode(latents.to(device).float()).sample / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -53,7 +54,7 @@ def load_embedded(
         name="embedded",
         denoiser=FluxDenoiser(transformer),
         encode_images=encode_images,
-        decode_latents=decode_latents,
+        decode_latents=torch.no_grad()(decode),
         encode_prompts=encode,
         token_ids=lambda prompt: [tokenize(prompt).indices],
         pixels_per_latent=8,
@@ -66,6 +67,8 @@ def load_embedded(
         reference_tokens=PUBLISHED_TOKENS,
         guidance_scale=3.0,
         prompts=grammar(),
+        open_decoder=lambda: decode,
+        open_features=lambda: features_of(load_oracle(weights.oracle).to(device)),
     )
 
 

@@ -7,10 +7,12 @@ training needs neither of the encoders.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_later
 
 from ..denoiser import Conditioning
 from .host import TextEncoders
@@ -49,11 +51,23 @@ class Autoencoder:
             images = torch.cat([vae.decode(one, return_dict=False)[0] for one in z.split(1)])
         return (images / 2 + 0.5).clamp(0, 1)
 
+    def open(self) -> Callable[[Tensor], Tensor]:
+        """The decoder, to stay on the device: as ``decode``, with gradients, one picture's activations at a time."""
+        vae = self._load().to(self.device)
+        return partial(decoded, vae, scale=self.scale, shift=self.shift)
+
     @contextmanager
     def _awake(self) -> "Iterator[AutoencoderKL]":
         vae = self._load()
         with awake([vae], self.device):
             yield vae
+
+
+def decoded(vae: Any, latents: Tensor, *, scale: float, shift: float) -> Tensor:
+    """Pictures (b, 3, h, w) in [0, 1], with gradients. What a picture's decoding keeps is computed again for them."""
+    z = latents.float() / scale + shift
+    images = [recompute_later(vae.decode, one, return_dict=False, use_reentrant=False)[0] for one in z.split(1)]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
 class PromptEncoder:

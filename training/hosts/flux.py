@@ -124,6 +124,7 @@ def open_flux(parts: Parts) -> Host:
         denoiser=denoiser,
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
+        open_decoder=autoencoder.open,
         encode_prompts=text.encode_prompts,
         token_ids=text.token_ids,
         open_text_encoders=text.open,

@@ -14,12 +14,25 @@ def _unshifted(steps: int, tokens: int) -> Tensor:
     return flow_schedule(steps)
 
 
+def _no_decoder() -> Callable[[Tensor], Tensor]:
+    raise ValueError("this model brings no decoder that gradients can pass")
+
+
 @dataclass(frozen=True)
 class TextEncoders:
     """CLIPs on the device, to stay there."""
 
     modules: Mapping[str, nn.Module]  # text transformers, by how their layers' names begin: "text_encoder.text_model."
     encode: Callable[[list[str]], Conditioning]  # one row a prompt, with gradients
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of pictures and of texts, whose cosine says how alike they are, as CLIP's. On the device, to stay there."""
+
+    name: str  # tells one kind from another
+    pictures: Callable[[Tensor], Tensor]  # (b, 3, h, w) in [0, 1] -> (b, d), with gradients
+    texts: Callable[[list[str]], Tensor]  # one row (d,) a prompt
 
 
 @dataclass(frozen=True)
@@ -49,3 +62,6 @@ class Host:
     guidance_scale: float = 1.0  # of classifier-free guidance, where the model is usually sampled
     told_sizes: bool = False  # whether the denoiser takes the conditioning SIZES
     prompts: tuple[str, ...] = ()  # what it can be asked for, where that is known (see :mod:`..data.prompts`)
+    open_features: Callable[[], Features] | None = None  # of the model's own; None = it has none
+    # Opens what decodes latents (b, c, h', w') on the device, to stay there: as ``decode_latents``, with gradients.
+    open_decoder: Callable[[], Callable[[Tensor], Tensor]] = _no_decoder

@@ -137,6 +137,7 @@ def open_pixart(parts: Parts) -> Host:
         denoiser=PixArtDenoiser(transformer, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
+        open_decoder=autoencoder.open,
         encode_prompts=text.encode_prompts,
         token_ids=text.token_ids,
         pixels_per_latent=autoencoder.pixels_per_latent,

@@ -52,6 +52,7 @@ def open_sd3(parts: Parts) -> Host:
         denoiser=SD3Denoiser(transformer),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
+        open_decoder=autoencoder.open,
         encode_prompts=text.encode_prompts,
         token_ids=text.token_ids,
         open_text_encoders=text.open,

@@ -98,6 +98,7 @@ def open_unet(parts: Parts) -> Host:
         denoiser=UNetDenoiser(parts.family, unet, clock, prediction, autoencoder.pixels_per_latent),
         encode_images=autoencoder.encode,
         decode_latents=autoencoder.decode,
+        open_decoder=autoencoder.open,
         encode_prompts=text.encode_prompts,
         token_ids=text.token_ids,
         open_text_encoders=text.open,

@@ -37,7 +37,7 @@ from .tables import differences, from_table, to_table
 
 logger = logging.getLogger(__name__)
 
-# What a continued run may change. ``steps`` may too, where the schedule does not depend on it.
+# What a continued run may change. ``steps`` may too, where nothing depends on it.
 FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing", "memory"}
 RESULT = ("step", "seconds", "losses")  # of a learner's state, what is kept of a run that cannot be continued any more
 SPARE_BYTES = 16 * 2**20
@@ -57,7 +57,7 @@ class Stored:
 
     def differences(self, config: RunConfig, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What forbids to continue with other options: (was, is) by dotted name. Nothing = the same run."""
-        free = FREE if config.scheduler == "constant" else FREE - {"steps"}
+        free = FREE - {"steps"} if config.depends_on_steps else FREE
         pairs = differences({**self.config, **self.identity}, {**to_table(config), **identity})
         return {name: pair for name, pair in pairs.items() if name not in free}
 

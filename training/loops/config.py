@@ -29,7 +29,7 @@ class RunConfig(Protocol):
     @property
     def samples_a_step(self) -> int: ...
     @property
-    def scheduler(self) -> str: ...
+    def depends_on_steps(self) -> bool: ...
     @property
     def save_every(self) -> int: ...
     @property
@@ -111,6 +111,11 @@ class TrainConfig:
     @property
     def samples_a_step(self) -> int:
         return self.batch_size * self.accumulation
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the first steps would be others, had the run more of them."""
+        return self.scheduler != "constant"
 
 
 def _require(config: TrainConfig, name: str, holds: bool, expected: str) -> None:

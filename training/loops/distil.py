@@ -31,6 +31,7 @@ from .distil_config import DistilConfig
 from .events import Event
 from .iteration import Iteration
 from .learner import Learner
+from .likeness import Likeness
 from .meter import Meter
 from .networks import Against, Networks
 from .recorder import Recorder
@@ -75,6 +76,7 @@ def distil(
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
     start: Start | None = None,  # a student to begin with; None = the teacher
+    likeness: Likeness | None = None,  # of pictures and prompts, which config.clip_weight counts
     against: Against | None = None,  # how negative prompts come into the student; None = as in a diffusers model
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
 ) -> DistilResult:
@@ -84,6 +86,8 @@ def distil(
     and saves before it does, as :func:`.train.train`.
     """
     require_alike(to_table(config), processes)
+    if config.clip_weight and likeness is None:
+        raise ValueError(f"Got clip_weight={config.clip_weight} and nothing that compares pictures with texts.")
     device, share = torch.device(device), share_of(config, processes)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
@@ -106,6 +110,8 @@ def distil(
         learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
         about = replace(_about(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution)
         identity = {"model": kind_of(denoiser), "prompts": prompts.fingerprint(), **(identity or {})}
+        if likeness is not None and config.clip_weight:
+            identity["likeness"] = likeness.features.name
         subject = _subject(identity, about, student, start)
         require_alike(subject.identity, processes)
         subject = with_weights_at_hand(subject, student, processes)
@@ -123,6 +129,7 @@ def distil(
             processes=processes,
             device=device,
             check=check,
+            likeness=likeness,
         )
         while learner.step < config.steps:
             iteration.run(learner.step, prompts.drawn(config.seed, learner.step, config.samples_a_step))

@@ -59,6 +59,10 @@ class DistilConfig:
     negative_prompts: tuple[str, ...] = ()
     nasa_low: float = 0.0
     nasa_high: float = 1.0
+    # Of pictures that are unlike their prompts, a loss whose weight falls on a line to 0; 0.1 in PG-SB. 0 = none.
+    clip_weight: float = 0.0
+    clip_threshold: float = 0.37  # cosine of features from which on a picture is like its prompt; 0.35 in SwiftBrush v2
+    clip_samples: int = 0  # of each batch, how many are decoded for it; 0 = all
     precision: str = "float32"  # "bfloat16" = autocast. Weights that are trained, and what x0 is made of, are float32
     gradient_checkpointing: bool = False  # of the student: less memory, about a third more time
     seed: int = 0
@@ -73,7 +77,7 @@ class DistilConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "fake_updates", "report_every"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("save_every", "sample_every", "weight_decay", "clip_norm"):
+        for name in ("save_every", "sample_every", "weight_decay", "clip_norm", "clip_weight"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("learning_rate", "fake_learning_rate"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number, for example 1e-4")
@@ -88,6 +92,9 @@ class DistilConfig:
         self._require("lowest_time", 0 <= self.lowest_time < self.highest_time <= 1, "0 <= lowest < highest <= 1")
         if self.negative_prompts:
             Prompts(self.negative_prompts)
+        self._require("clip_threshold", -1 < self.clip_threshold <= 1, "a cosine above -1, up to 1")
+        fits = 0 <= self.clip_samples <= self.batch_size
+        self._require("clip_samples", fits, f"0 for all, and no more than batch_size={self.batch_size}")
         for rate in (self.learning_rate, self.fake_learning_rate):
             check_optimizer(self.optimizer, rate, self.scheduler, self.ema_decay)
         self._require("fake_rank", self.fake_rank >= 1, "at least 1")
@@ -100,6 +107,11 @@ class DistilConfig:
     @property
     def samples_a_step(self) -> int:
         return self.batch_size * self.accumulation
+
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the first steps would be others, had the run more of them."""
+        return self.scheduler != "constant" or self.clip_weight > 0
 
     @property
     def fake(self) -> AdapterConfig:

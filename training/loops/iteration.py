@@ -12,6 +12,7 @@ from ..clocks import log_snr_at
 from ..processes import Processes
 from .distil_config import DistilConfig
 from .learner import Learner
+from .likeness import Likeness, unlikeness
 from .meter import Meter
 from .networks import Networks
 from .score_draws import Draws
@@ -33,6 +34,7 @@ class Iteration:
     processes: Processes
     device: torch.device
     check: Callable[[], None] | None  # called before every pass of the student
+    likeness: Likeness | None = None
 
     def run(self, step: int, prompts: list[str]) -> None:
         """With the prompts of all the step's samples."""
@@ -58,10 +60,20 @@ class Iteration:
                 x0 = pictures(networks, self.draws.noise(step, "student", rows), call, judged)
             g, apart = gradient(networks, x0.detach(), judged, self.config.convention)
             with networks.acting_as(networks.student):
-                losses = learn_student(x0, g)
+                losses = learn_student(x0, g, self._unlike(step, x0, prompts, rows))
         self.meter.add(step, tuple(prompts), judged.log_snr.cpu(), losses)
         self.meter.note("apart", apart)
         return x0.detach()
+
+    def _unlike(self, step: int, x0: Tensor, prompts: list[str], rows: slice) -> Tensor | None:
+        """Losses (b,) of pictures that are unlike their prompts, where that counts."""
+        if self.likeness is None or not self.config.clip_weight:
+            return None
+        found = unlikeness(self.likeness, self.config, step, x0, prompts, rows)
+        if found is None:
+            return None
+        self.meter.note("likeness", found.cosine)
+        return found.losses
 
     def _teach_fake(self, step: int, number: int, prompts: list[str], drawn: list[Tensor]) -> None:
         """An update of the fake by the student's pictures, which are given for each pass."""

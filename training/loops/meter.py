@@ -75,11 +75,12 @@ def joined(readings: Sequence[Reading]) -> Reading:
     if len(readings) == 1:
         return readings[0]
     by_step = torch.tensor([reading.by_step for reading in readings], dtype=torch.float64).mean(0).tolist()
+    names = {name: [r.others[name] for r in readings if name in r.others] for r in readings for name in r.others}
     return Reading(
         torch.cat([reading.log_snr for reading in readings]),
         torch.cat([reading.losses for reading in readings]),
         by_step,
-        {name: sum(reading.others[name] for reading in readings) / len(readings) for name in readings[0].others},
+        {name: sum(values) / len(values) for name, values in names.items()},
     )
 
 

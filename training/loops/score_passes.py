@@ -64,10 +64,10 @@ def _guided(denoiser: Denoiser, x_t: Tensor, judged: Judged, away: Conditioning)
     return guided(null, conditional, judged.scales)
 
 
-def learn_student(x0: Tensor, g: Tensor) -> Tensor:
-    """Adds the gradient of the student's part of a step. Losses (b,)."""
+def learn_student(x0: Tensor, g: Tensor, others: Tensor | None = None) -> Tensor:
+    """Adds the gradient of the student's part of a step, and of ``others`` (b,) that depend on x0. Losses (b,)."""
     losses = student_loss(x0, g)
-    losses.mean().backward()
+    (losses if others is None else losses + others).mean().backward()
     return losses
 
 

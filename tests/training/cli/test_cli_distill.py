@@ -1,10 +1,15 @@
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stylewright.training.cli.app import run
-from stylewright.training.cli.distill import DistilJob, prompts_of
+from stylewright.training.cli.distill import DistilJob, likeness_of, prompts_of
+from stylewright.training.embedded.oracle import Oracle
 from stylewright.training.hosts.loading import load_host
+from stylewright.training.loops.distil_config import DistilConfig
 
 SMALL = ["distill", "--resolution", "32", "--batch-size", "2", "--rank", "2", "--fake-rank", "2", "--out", "run"]
 
@@ -38,6 +43,23 @@ def test_distil_continue_and_draw_in_one_step(workplace, capsys):
     assert "leave --guidance and" in refused(
         capsys, "generate", "--adapter", longer["student"], "--prompt", "star", "--guidance", "3"
     )
+
+
+def test_pictures_are_compared_with_prompts_by_the_models_own_features_or_by_a_clip(workplace, random_weights, capsys):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(Oracle().state_dict(), random_weights.oracle)
+    likeness = ["--clip-weight", "0.1", "--clip-threshold", "0.9", "--clip-samples", "1", "--resolution", "64"]
+    assert 0 < printed(capsys, *SMALL, "--steps", "1", *likeness)["likeness"] < 1
+    said = refused(capsys, *SMALL, "--steps", "1", *likeness, "--out", "other", "--clip", "pictures")
+    assert "config.json" in said and not (workplace / "other").exists()
+    assert "do nothing without --clip-weight" in refused(capsys, *SMALL, "--clip", "pictures", "--out", "other")
+
+
+def test_a_model_without_features_needs_a_clip():
+    host = replace(load_host("embedded"), name="mine", open_features=None)
+    with pytest.raises(ValueError, match="--clip names the folder of a CLIP"):
+        likeness_of(DistilJob(), DistilConfig(clip_weight=0.1), host)
 
 
 def test_another_run_in_the_folder_is_refused(workplace, capsys):

@@ -60,7 +60,11 @@ def config_of(**changes):
     return DistilConfig(**{**defaults, **changes})
 
 
-def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=PROMPTS, start=None, **changes):
+MORE = ("start", "likeness")  # of the loop's arguments
+
+
+def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=PROMPTS, **changes):
+    more = {name: changes.pop(name) for name in MORE if name in changes}
     return distil(
         on or Timed(),
         prompts,
@@ -71,7 +75,7 @@ def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=P
         report=report,
         check=check,
         sample=sample,
-        start=start,
+        **more,
     )
 
 
