@@ -1,4 +1,5 @@
-"""How often a phrase's box is right: on pictures of several subjects with known places, by a model's attention.
+"""How often a phrase's box is right: on pictures of several subjects with known places, by a model's attention, and
+by where its prediction is worse without the phrase.
 
     python benchmarks/concept_locator.py --pictures 60 --figure docs/concept_locator.png
 
@@ -23,6 +24,7 @@ from torch import Tensor  # noqa: E402
 from stylewright.training.adapters.attach import attached_to_parts, parts_named  # noqa: E402
 from stylewright.training.concepts.boxes import Box, BoxOptions, box_of_map, overlap  # noqa: E402
 from stylewright.training.concepts.drawing import draw_found  # noqa: E402
+from stylewright.training.concepts.errors import error_maps  # noqa: E402
 from stylewright.training.concepts.locate import Search, looked  # noqa: E402
 from stylewright.training.concepts.maps import Recorder, contrasted  # noqa: E402
 from stylewright.training.concepts.reference import Found  # noqa: E402
@@ -47,6 +49,7 @@ class Seen:
 
     scene: Several
     looks: dict[str, Recorder]
+    errors: Tensor  # maps (phrases, h, w) by prediction error
 
 
 def prompt_of(scene: Several) -> str:
@@ -74,6 +77,7 @@ def look(host: Host, scene: Several, noises: int) -> Seen:
             name: looked(host, watch_of(host), scene.picture, prompt_of(scene), phrases, Search(levels, noises))
             for name, levels in LEVELS.items()
         },
+        error_maps(host, scene.picture, prompt_of(scene), phrases, Search(noises=noises)),
     )
 
 
@@ -107,21 +111,27 @@ def own(seen: Seen, level: str = "middle") -> Tensor:
     return contrasted(seen.looks[level].maps())
 
 
+def errors_of(seen: Seen) -> Tensor:
+    return seen.errors
+
+
 PLAIN, OTSU = BoxOptions(), BoxOptions(rule="otsu")
 WAYS: dict[str, Callable[[Seen], list[Box | None]]] = {
     "planted maps, 8x8 tokens": lambda seen: boxes(planted(seen.scene), seen.scene, PLAIN),
     "the middle of the picture": lambda seen: centred(seen.scene),
     "attention, as shipped": lambda seen: boxes(own(seen), seen.scene, PLAIN),
-    "threshold by Otsu": lambda seen: boxes(own(seen), seen.scene, OTSU),
-    "not less the others": lambda seen: boxes(seen.looks["middle"].maps(), seen.scene, PLAIN),
-    "first third of the layers": lambda seen: boxes(
+    "prediction error, as shipped": lambda seen: boxes(seen.errors, seen.scene, PLAIN),
+    "prediction error, threshold by Otsu": lambda seen: boxes(seen.errors, seen.scene, OTSU),
+    "attention, threshold by Otsu": lambda seen: boxes(own(seen), seen.scene, OTSU),
+    "attention, not less the others": lambda seen: boxes(seen.looks["middle"].maps(), seen.scene, PLAIN),
+    "attention, first third of the layers": lambda seen: boxes(
         contrasted(layers_of(seen.looks["middle"], 0, 1 / 3)), seen.scene, PLAIN
     ),
-    "last third of the layers": lambda seen: boxes(
+    "attention, last third of the layers": lambda seen: boxes(
         contrasted(layers_of(seen.looks["middle"], 2 / 3, 1)), seen.scene, PLAIN
     ),
-    "little noise": lambda seen: boxes(own(seen, "clean"), seen.scene, PLAIN),
-    "much noise": lambda seen: boxes(own(seen, "noisy"), seen.scene, PLAIN),
+    "attention, little noise": lambda seen: boxes(own(seen, "clean"), seen.scene, PLAIN),
+    "attention, much noise": lambda seen: boxes(own(seen, "noisy"), seen.scene, PLAIN),
 }
 
 
@@ -143,14 +153,14 @@ def report(kind: str, seen: Sequence[Seen]) -> Iterator[str]:
         )
 
 
-def draw_figure(path: Path, seen: Sequence[Seen]) -> None:
+def draw_figure(path: Path, seen: Sequence[Seen], maps_of: Callable[[Seen], Tensor]) -> None:
     """What each phrase took, picture under picture; thick frames are the truth, thin ones what was found."""
     from PIL import Image
 
     rows = []
     for each in seen[:SHOWN]:
         height, width = each.scene.picture.shape[1:]
-        maps, found = own(each), []
+        maps, found = maps_of(each), []
         for number, phrase in enumerate(each.scene.subjects):
             place = F.interpolate(maps[None, number : number + 1], (height, width), mode="bilinear")[0, 0]
             tight = boxes(maps, each.scene, PLAIN)[number] or Box(0, 0, width, height)
@@ -181,6 +191,7 @@ def main() -> None:
     parser.add_argument("--noises", type=int, default=4, help="at each noise level")
     parser.add_argument("--adapter", type=Path, default=None, help="to put on the model first")
     parser.add_argument("--figure", type=Path, default=None, help="a PNG of what the phrases took")
+    parser.add_argument("--errors", action="store_true", help="draw what prediction errors found in the figure")
     options = parser.parse_args()
     host = load_embedded()
     print("| subjects | boxes by | mean IoU | IoU 0.5 or better | phrases |\n| --- | --- | --- | --- | --- |")
@@ -189,7 +200,7 @@ def main() -> None:
             seen = [look(host, scene, options.noises) for scene in pictures(kind, options.pictures)]
             print("\n".join(report(kind, seen)), flush=True)
         if options.figure is not None:
-            draw_figure(options.figure, seen)
+            draw_figure(options.figure, seen, errors_of if options.errors else own)
 
 
 if __name__ == "__main__":

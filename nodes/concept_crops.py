@@ -31,8 +31,7 @@ class ConceptCrops(io.ComfyNode):
             category="stylewright/data",
             description=(
                 "Which part of a picture belongs to which words of its prompt: crops around each content phrase, with "
-                "prompts of their own, beside the whole picture. A frozen model's attention finds the places, or your "
-                "masks do."
+                "prompts of their own, beside the whole picture. A frozen model finds the places, or your masks do."
             ),
             search_aliases=["finestyle", "concepts", "leakage", "attention map", "daam", "crop", "bounding box"],
             inputs=[
@@ -125,6 +124,7 @@ class ConceptCrops(io.ComfyNode):
         outside_weight: float = 1.0,
         noises: int = 4,
         seed: int = 0,
+        locate_by: str = "attention",
     ) -> io.NodeOutput:
         picture = check_pixels(one_picture(image), "the reference")
         phrases = read_phrases(prompt, content_phrases, style_phrases)
@@ -133,7 +133,7 @@ class ConceptCrops(io.ComfyNode):
         given = _masks(masks, lines_of(masked_phrases) or phrases.content)
         search = Search(noises=noises, seed=seed)
         asked = {"picture": picture, "prompt": phrases.prompt, "search": search, "resolution": resolution}
-        locate = _locator(model, clip, vae, **asked)
+        locate = _locator(model, clip, vae, by=locate_by, **asked)
         found = find(picture, phrases, given, locate, how)
         items = items_found(picture, phrases, found, parts, seed=seed, resolutions=(resolution,))
         dataset = StyleDataset(tuple(items), phrases.style[0], "full", resolution)

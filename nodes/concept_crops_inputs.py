@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..training.concepts.boxes import SHAPES, THRESHOLDS
+from ..training.concepts.reference import LOCATE_BY
 
 
 def boxes() -> list[io.Input]:
@@ -116,5 +117,16 @@ def looking() -> list[io.Input]:
             optional=True,
             control_after_generate=io.ControlAfterGenerate.fixed,  # other crops are another training
             tooltip="Draws noises and moves crops. The same seed finds and cuts the same.",
+        ),
+        io.Combo.Input(
+            "locate_by",
+            options=list(LOCATE_BY),
+            default="attention",
+            optional=True,
+            tooltip=(
+                "attention: what the model looks at for each phrase, FineStyle's way. prediction error: where it does "
+                "worse when the prompt lacks the phrase; one more run a phrase, on any model, and better boxes from a "
+                "model that draws several things well."
+            ),
         ),
     ]

@@ -71,8 +71,8 @@ def parts_of(answer: Mapping[str, Any], ids: Ids, blank: Ids) -> list[Part]:
     if pairs:
         return pairs[0]  # SD3: its CLIPs, which have the same tokens, and T5 behind them
     raise ValueError(
-        f"which of the {context} tokens that this model attends to are of which words is not known: give a mask of "
-        "each phrase instead, or locate with another model"
+        f"which of the {context} tokens that this model attends to are of which words is not known: locate by "
+        "prediction error instead, or give a mask of each phrase"
     )
 
 

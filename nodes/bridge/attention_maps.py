@@ -1,4 +1,5 @@
-"""What a loaded MODEL attends to, seen where its blocks call ComfyUI's attention."""
+"""Where phrases are in a picture by a loaded MODEL: by what it attends to, seen where its blocks call ComfyUI's
+attention, or by where it errs more without them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import comfy.sd
 import comfy.utils
 from torch import Tensor
 
+from ...training.concepts.errors import error_maps
 from ...training.concepts.locate import Search, Watch, attention_maps
 from ...training.concepts.maps import PATCHES, Recorder
 from ...training.concepts.reference import resized, size_to_look_at
@@ -34,29 +36,29 @@ def phrase_maps(
     phrases: Sequence[str],
     search: Search,
     resolution: int,  # pixels: the picture is looked at with about resolution² of them
+    by: str = "attention",  # or another of LOCATE_BY
 ) -> Tensor:
     """Maps (phrases, h', w') in [0, 1] of the whole picture. ValueError for a model that cannot be seen into."""
-    joint, clone = layout_of(model.model.diffusion_model), model.clone()
+    clone = model.clone()
     host = comfy_host(clone, clip, vae, resolution=resolution)
-    assert isinstance(host.denoiser, ComfyDenoiser), "comfy_host makes one"
-    host = replace(host, token_ids=Tokens(clip, host.denoiser.prompts, prompt))
+    size = size_to_look_at(*picture.shape[1:], resolution, host.pixels_per_token)
+    bar = comfy.utils.ProgressBar(1)
+    asked = (resized(picture, *size), prompt, phrases, search, lambda done, total: bar.update_absolute(done, total))
+    if by == "prediction error":
+        with training_session(clone):
+            return error_maps(host, *asked)
 
     @contextmanager
     def watched(recorder: Recorder) -> Iterator[None]:
         with training_session(clone), seen(recorder):
             yield
 
-    size = size_to_look_at(*picture.shape[1:], resolution, host.pixels_per_token)
-    bar = comfy.utils.ProgressBar(1)
-    return attention_maps(
-        host,
-        Watch(watched, joint, tuple(dict.fromkeys((latents_per_token(model), *PATCHES)))),
-        resized(picture, *size),
-        prompt,
-        phrases,
-        search,
-        lambda done, total: bar.update_absolute(done, total),
+    assert isinstance(host.denoiser, ComfyDenoiser), "comfy_host makes one"
+    host = replace(host, token_ids=Tokens(clip, host.denoiser.prompts, prompt))
+    watch = Watch(
+        watched, layout_of(model.model.diffusion_model), tuple(dict.fromkeys((latents_per_token(model), *PATCHES)))
     )
+    return attention_maps(host, watch, *asked)
 
 
 @contextmanager

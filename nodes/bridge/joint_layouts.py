@@ -84,6 +84,6 @@ def layout_of(network: Any) -> Joint:
     if known is None:
         raise ValueError(
             f"{kinds[0]}: where this model's attention has the text is not known. It works on {', '.join(LAYOUTS)}; "
-            "give a mask of each phrase instead, or locate with another model"
+            "locate by prediction error instead, or give a mask of each phrase"
         )
     return LAYOUTS[known](network)

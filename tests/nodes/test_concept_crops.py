@@ -77,9 +77,24 @@ def test_both_hosts_see_the_same(embedded):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
 
 
+def test_both_hosts_err_the_same(embedded):
+    from stylewright.nodes.bridge.attention_maps import phrase_maps
+    from stylewright.training.concepts.errors import error_maps
+    from stylewright.training.concepts.locate import Search
+    from stylewright.training.hosts.embedded import load_embedded
+
+    asked = SCENE.picture, PROMPT, ["star", "house"], Search(noises=1)
+    with torch.inference_mode():
+        ours = phrase_maps(embedded.model, embedded.clip, embedded.vae, *asked, 128, "prediction error")
+    theirs = error_maps(load_embedded(), *asked)
+    assert ours.std() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
+
+
 def test_the_model_is_left_as_it_was(embedded):
     before = embedded.model.model_options["transformer_options"].copy()
-    run(model=embedded.model, clip=embedded.clip, vae=embedded.vae, noises=1)
+    for by in ("attention", "prediction error"):
+        run(model=embedded.model, clip=embedded.clip, vae=embedded.vae, noises=1, locate_by=by)
     assert embedded.model.model_options["transformer_options"] == before
     assert not embedded.model.object_patches and not embedded.model.wrappers.get("apply_model")
 
@@ -173,10 +188,12 @@ def test_a_phrase_without_tokens_is_named(embedded):
         run(**phrases, model=embedded.model, clip=embedded.clip, vae=embedded.vae)
 
 
-def test_a_model_that_cannot_be_seen_into_is_named():
+def test_a_model_that_cannot_be_seen_into_is_named_and_errs():
     if not is_known("pixeldit"):
         pytest.skip("this ComfyUI does not have it")
     with torch.inference_mode():
         model = tiny_model("pixeldit")
-    with pytest.raises(ValueError, match=r"PixDiT_T2I: where .* has the text is not known.*mask of each phrase"):
+    with pytest.raises(ValueError, match=r"PixDiT_T2I: where .* has the text is not known.*locate by prediction error"):
         run(model=model, clip=Words("pixeldit"), vae=TinyVae("pixeldit", False))
+    found = run(model=model, clip=TinyClip("pixeldit"), vae=TinyVae("pixeldit", False), locate_by="prediction error")
+    assert len(found[2]) == 2

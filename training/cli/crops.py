@@ -27,6 +27,9 @@ def crops(
         Path | None, typer.Option(help="For a single file: a diffusers folder of its family.")
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, or auto.")] = "auto",
+    locate_by: Annotated[
+        str, typer.Option(help="attention, or prediction error, which works on every model.")
+    ] = "attention",
     resolution: Annotated[int | None, typer.Option(help="At which the picture is looked at. Else the model's.")] = None,
     whole_share: Annotated[float, typer.Option(help="Share of the samples that are the whole picture.")] = 0.4,
     variants: Annotated[int, typer.Option(help="Crops of each box.")] = 4,
@@ -45,7 +48,7 @@ def crops(
     masks = {phrase: open_mask(Path(file))[0] for phrase, file in map(_pair, mask or [])}
     locate = None
     if any(phrase not in masks for phrase in phrases.content):
-        locate = _locator(model, components, device, pixels, phrases, resolution, seed)
+        locate = _locator(model, components, device, pixels, phrases, resolution, seed, locate_by)
     found = find(pixels, phrases, masks, locate, BoxOptions())
     items = items_found(pixels, phrases, found, CropOptions(whole_share or None, variants), seed=seed)
     if out.exists():
@@ -81,16 +84,22 @@ def _locator(
     phrases: "Phrases",
     resolution: int | None,
     seed: int,
+    by: str,
 ) -> "Locate":
+    from ..concepts.errors import error_maps
     from ..concepts.locate import Search, attention_maps
-    from ..concepts.reference import resized, size_to_look_at
+    from ..concepts.reference import LOCATE_BY, resized, size_to_look_at
     from ..hosts.attention_maps import watch_of
     from ..hosts.loading import load_host
     from .train import device_of
 
+    if by not in LOCATE_BY:
+        raise ValueError(f"phrases cannot be located by {by!r}: expected one of {', '.join(LOCATE_BY)}")
     host = load_host(model, device_of(device), components=components)
     size = size_to_look_at(*picture.shape[1:], resolution or host.resolution, host.pixels_per_token)
     seen = resized(picture, *size)
+    if by == "prediction error":
+        return lambda names: error_maps(host, seen, phrases.prompt, names, Search(seed=seed))
     return lambda names: attention_maps(host, watch_of(host), seen, phrases.prompt, names, Search(seed=seed))
 
 

@@ -68,7 +68,9 @@ def looked(
 ) -> Recorder:
     """What a model attended to at all noise levels and noises of a search. As :func:`attention_maps`."""
     if host.token_ids is None:
-        raise ValueError(f"which tokens {host.name} attends to is not known: give boxes by masks instead")
+        raise ValueError(
+            f"which tokens {host.name} attends to is not known: locate by prediction error instead, or give masks"
+        )
     texts = host.token_ids
     places = [places_of(texts, prompt, phrase) for phrase in phrases]
     latents = host.encode_images(picture[None].to(host.device)).to(host.device)

@@ -99,7 +99,8 @@ class Recorder:
         """The mean map of each phrase, (phrases, height, width) of the latents. ValueError where nothing was seen."""
         if not self.sums:
             raise ValueError(
-                "no attention of the picture to the text was seen in this model: give boxes by masks instead"
+                "no attention of the picture to the text was seen in this model: locate by prediction error instead, "
+                "or give boxes by masks"
             )
         size = (self.layout.height, self.layout.width)
         layers = [self.sums[layer] / self.calls for layer in self._counting()]

@@ -13,6 +13,8 @@ from .boxes import Box, BoxOptions, as_crop, box_of_map, box_of_mask
 from .crops import CropOptions, crops_of, items_of, soft_place
 from .phrases import Phrases
 
+LOCATE_BY = ("attention", "prediction error")  # of a frozen model: :mod:`.locate` and :mod:`.errors`
+
 Locate = Callable[[Sequence[str]], Tensor]  # maps (phrases, h', w') in [0, 1], of the whole picture
 
 

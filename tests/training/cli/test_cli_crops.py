@@ -37,14 +37,20 @@ def test_masks_make_a_folder_that_is_trained_on(files, capsys):
     assert set(json.loads(capsys.readouterr().out)["found"]) == {"star", "house"}
 
 
-def test_a_model_finds_what_has_no_mask(files, capsys):
-    assert run(["crops", str(files / "picture.png"), str(files / "out"), *PHRASES, "--variants", "1"]) == 0
+@pytest.mark.parametrize("by", ["attention", "prediction error"])
+def test_a_model_finds_what_has_no_mask(by, files, capsys):
+    asked = ["crops", str(files / "picture.png"), str(files / "out"), *PHRASES, "--variants", "1", "--locate-by", by]
+    assert run(asked) == 0
     assert "star: " in capsys.readouterr().out and len(read_folder(files / "out")) == 3
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--mask", "star"], "expected PHRASE=FILE"), (["--content", "boat"], "no part of the prompt: 'boat'")],
+    [
+        (["--mask", "star"], "expected PHRASE=FILE"),
+        (["--content", "boat"], "no part of the prompt: 'boat'"),
+        (["--locate-by", "luck"], "cannot be located by 'luck': expected one of attention, prediction error"),
+    ],
 )
 def test_mistakes_are_named(more, message, files, capsys):
     assert run(["crops", str(files / "picture.png"), str(files / "out"), *PHRASES, *more]) == 1
