@@ -1,5 +1,6 @@
 """``stylewright distill``: a one-step student of a model, from prompts."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -16,7 +17,7 @@ from .job import read_toml, sorted_out
 from .launch import Launch, as_launched, launched
 from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
-from .train import CHECKPOINT, nothing_left_of_a_false_start
+from .train import CHECKPOINT, loaded_for, nothing_left_of_a_false_start, start_at
 
 if TYPE_CHECKING:
     from ..data.prompts import Encode, Prompts
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..loops.distil import DistilResult
     from ..loops.events import Event
     from ..loops.likeness import Likeness
+    from ..loops.networks import Worn
 
 
 FEW = 10_000  # lines of prompts, whose encodings are kept unasked: those of millions would fill the disk
@@ -85,6 +87,9 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
         host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
     with processes.together():
+        worn = worn_of(job.teacher_adapter, host)
+        start = start_at(job.init_adapter, host, options.adapter)
+        job = replace(job, style_phrase=job.style_phrase or phrase_of(worn))
         prompts = prompts_of(job, host, folder)
     side = job.resolution or host.resolution
     if side % host.pixels_per_token:
@@ -114,6 +119,8 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             base_model=host.name,
             unet_layers=host.unet_layers,
             resolution=side,
+            worn=worn,
+            start=start,
             likeness=likeness,
             processes=processes,
         )
@@ -141,6 +148,28 @@ def _encoder(job: DistilJob, host: "Host", prompts: "Prompts", folder: Path, pro
         return host.encode_prompts
     store = Store(Path(job.encodings) if job.encodings else folder / "cache", process)
     return remembered(host.encode_prompts, store, f"{host.name}, {host.denoiser.family}")
+
+
+def worn_of(path: str | None, host: "Host") -> "Worn | None":
+    """The adapter in a file as the teacher wears it. ValueError for one that is not of its network alone."""
+    if path is None:
+        return None
+    from ..formats.contents import read_outline
+    from ..formats.keys import TEXT_ENCODER
+    from ..loops.networks import Worn
+
+    outline = read_outline(Path(path))
+    if any(name.startswith(TEXT_ENCODER) for name in outline.layers):
+        raise ValueError(f"{path} adapts text encoders, too, which a student's file cannot: choose one without them")
+    if outline.about is not None and outline.about.one_step:
+        raise ValueError(f"{path} is a one-step student, and no teacher: --init-adapter begins with it")
+    return Worn(Path(path).name, loaded_for(host, Path(path)))
+
+
+def phrase_of(worn: "Worn | None") -> str:
+    """The style phrase that an adapter was trained with; "" where there is none."""
+    about = None if worn is None else worn.loaded.about
+    return "" if about is None else about.style_phrase
 
 
 def likeness_of(job: DistilJob, options: DistilConfig, host: "Host") -> "Likeness | None":

@@ -16,6 +16,8 @@ class DistilJob:
     prompts: str | None = None
     encodings: str | None = None
     style_phrase: str = ""
+    teacher_adapter: str | None = None
+    init_adapter: str | None = None
     clip: str | None = None
     decoder: str | None = None
     resolution: int | None = None
@@ -28,7 +30,9 @@ JOB = {
     "prompt": "What to learn from, alternatives as {a|b}; may be repeated. (default: what the model says of itself)",
     "prompts": "A text file of such prompts, one a line; each line is as likely as any other.",
     "encodings": "A folder to keep encoded prompts in, for this run and others. (default: the run's, if they are few)",
-    "style_phrase": 'Prompts become "{prompt} in {style phrase} style".',
+    "style_phrase": 'Prompts become "{prompt} in {style phrase} style". (default: the teacher adapter\'s)',
+    "teacher_adapter": "An adapter of the teacher's, such as a style, which the student's own file then has, too.",
+    "init_adapter": "A student to begin with. (default: the teacher)",
     "clip": "For --clip-weight: the folder of a CLIP as transformers saves it. (default: the embedded model's own)",
     "decoder": "For the same: the folder of an AutoencoderTiny of diffusers. (default: the model's autoencoder)",
     "resolution": "Side in pixels of the student's square pictures. (default: the model's own)",

@@ -20,7 +20,9 @@ from .planning import train_within_memory
 from .progress import Update, patient_interrupt, progress_bar
 
 if TYPE_CHECKING:
+    from ..adapters.methods import AdapterConfig
     from ..data.dataset import Dataset
+    from ..formats.adapters import LoadedAdapter
     from ..formats.starting import Start
     from ..hosts.host import Host
     from ..loops.events import Event
@@ -175,7 +177,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update, launch:
         options = dataclasses.replace(options, density=options.density.stated_for(host.reference_tokens))
         for part in parts_of(host.denoiser, options, host.text_encoders):  # before pictures are encoded
             part.layers(options.adapter)
-        start = start_at(job.init_adapter, host, options)
+        start = start_at(job.init_adapter, host, options.adapter)
     resolution = options.resolution or host.resolution
 
     def encoded() -> "Dataset":
@@ -222,20 +224,27 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update, launch:
     return train_within_memory(host, dataset, options, folder, trains, processes)
 
 
-def start_at(path: str | None, host: "Host", options: TrainConfig) -> "Start | None":
+def start_at(path: str | None, host: "Host", config: "AdapterConfig") -> "Start | None":
     """The adapter of a file as a run begins with it. ValueError for one of another family or method."""
     if path is None:
         return None
-    from ..formats.adapters import load_adapter
     from ..formats.starting import start_of
+
+    loaded = loaded_for(host, Path(path))
+    return start_of(loaded, config, Path(path).name)
+
+
+def loaded_for(host: "Host", path: Path) -> "LoadedAdapter":
+    """The adapter of a file, with the names of the host's layers. ValueError for one of another family."""
+    from ..formats.adapters import load_adapter
     from .generate import weights_of
 
-    loaded = load_adapter(Path(path), "diffusers", weights=weights_of(host))
+    loaded = load_adapter(path, "diffusers", weights=weights_of(host))
     if loaded.family != host.denoiser.family:
         raise ValueError(
             f"{path} is an adapter for {loaded.family or 'an unknown family'}, and the model is {host.denoiser.family}"
         )
-    return start_of(loaded, options.adapter, Path(path).name)
+    return loaded
 
 
 def sampler(host: "Host", options: TrainConfig) -> Any:

@@ -7,7 +7,6 @@ Everything drawn is a function of (seed, step) and drawn for a whole step, so th
 so that a step is the same whether its samples come in one batch, in several, or on several processes.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.attach import Adapter, attached_together
 from ..adapters.stand_in import base_weight
 from ..data.prompts import Encode, Prompts
 from ..denoiser import Conditioning, TimedDenoiser
@@ -33,17 +31,13 @@ from .iteration import Iteration
 from .learner import Learner
 from .likeness import Likeness
 from .meter import Meter
-from .networks import Against, Networks
+from .networks import FAKE, Against, Worn, in_three_roles
 from .recorder import Recorder
 from .saving import ALL, Saving
 from .score_draws import Draws, Texts
 from .share import require_alike, share_of
 from .subject import Subject, kind_of, with_weights_at_hand
 from .tables import to_table
-
-logger = logging.getLogger(__name__)
-
-STUDENT, FAKE = "student", "fake"
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,7 @@ def distil(
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
     start: Start | None = None,  # a student to begin with; None = the teacher
+    worn: Worn | None = None,  # an adapter of the teacher's, such as a style; the student's file then has it, too
     likeness: Likeness | None = None,  # of pictures and prompts, which config.clip_weight counts
     against: Against | None = None,  # how negative prompts come into the student; None = as in a diffusers model
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
@@ -96,23 +91,22 @@ def distil(
             draws = Draws(config, latent_size, denoiser.clock, texts)
             first = prompts.drawn(config.seed, 0, config.samples_a_step) + draws.negatives(0)
             texts.of(first)  # refuses what the model does not know
-        configs = {STUDENT: config.adapter, FAKE: config.fake}
-        adapters = stack.enter_context(
-            attached_together(denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device)
+        networks = stack.enter_context(
+            in_three_roles(denoiser, config, worn=worn, start=start, against=against, device=device)
         )
-        student, fake = adapters[STUDENT], adapters[FAKE]
-        if start is not None:
-            student.load_state_dict(start.joined(student.state_dict()))
-            logger.info(start.said)
+        student = networks.student
         saving = saving or Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
         stack.enter_context(saving.applied(denoiser.module, device))
-        taught = Learner(fake, config.fake_rates)
+        taught = Learner(networks.fake, config.fake_rates)
         learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
         about = replace(_about(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution)
-        identity = {"model": kind_of(denoiser), "prompts": prompts.fingerprint(), **(identity or {})}
-        if likeness is not None and config.clip_weight:
-            identity["likeness"] = likeness.features.name
-        subject = _subject(identity, about, student, start)
+        begun, counts = start or worn, likeness if config.clip_weight else None
+        about = replace(about, style_phrase=prompts.style_phrase, started_from=begun.name if begun else "")
+        subject = Subject(
+            identity={**_identity(denoiser, prompts, start, worn, counts), **(identity or {})},
+            about=about,
+            weights=lambda name: base_weight(student.layer(name)),
+        )
         require_alike(subject.identity, processes)
         subject = with_weights_at_hand(subject, student, processes)
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
@@ -120,7 +114,7 @@ def distil(
         recorder.catch_up(sample)
         iteration = Iteration(
             config=config,
-            networks=Networks(denoiser, student, fake, config.precision, against, device.type),
+            networks=networks,
             draws=draws,
             learner=learner,
             taught=taught,
@@ -129,7 +123,7 @@ def distil(
             processes=processes,
             device=device,
             check=check,
-            likeness=likeness,
+            likeness=counts,
         )
         while learner.step < config.steps:
             iteration.run(learner.step, prompts.drawn(config.seed, learner.step, config.samples_a_step))
@@ -138,10 +132,14 @@ def distil(
         return DistilResult(learner.result(), recorder.history, learner.losses, learner.step, path)
 
 
-def _subject(identity: Mapping[str, Any], about: AdapterMetadata, student: Adapter, start: Start | None) -> Subject:
-    if start is not None:
-        identity, about = {"start": start.digest, **identity}, replace(about, started_from=start.name)
-    return Subject(identity, about, weights=lambda name: base_weight(student.layer(name)))
+def _identity(
+    denoiser: TimedDenoiser, prompts: Prompts, start: Start | None, worn: Worn | None, likeness: Likeness | None
+) -> dict[str, Any]:
+    """What tells a run from another with the same options."""
+    found: dict[str, Any] = {"model": kind_of(denoiser), "prompts": prompts.fingerprint()}
+    found |= {} if start is None else {"start": start.digest}
+    found |= {} if worn is None else {"teacher": worn.digest}
+    return found | ({} if likeness is None else {"likeness": likeness.features.name})
 
 
 def _about(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetadata:

@@ -67,7 +67,7 @@ class Iteration:
 
     def _unlike(self, step: int, x0: Tensor, prompts: list[str], rows: slice) -> Tensor | None:
         """Losses (b,) of pictures that are unlike their prompts, where that counts."""
-        if self.likeness is None or not self.config.clip_weight:
+        if self.likeness is None:
             return None
         found = unlikeness(self.likeness, self.config, step, x0, prompts, rows)
         if found is None:

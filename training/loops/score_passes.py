@@ -44,7 +44,7 @@ def gradient(networks: Networks, x0: Tensor, judged: Judged, convention: str) ->
     """g (b, c, h, w) of the student's pictures, and the mean distance between what teacher and fake see, ()."""
     denoiser = networks.denoiser
     x_t = add_noise(denoiser.process, x0, judged.eps, judged.log_snr)
-    with networks.acting_as(None):
+    with networks.acting_as(networks.teacher):
         real = _guided(denoiser, x_t, judged, judged.away)
     with networks.acting_as(networks.fake):
         if convention == DMD:

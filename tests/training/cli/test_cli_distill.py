@@ -107,3 +107,17 @@ def test_prompts_come_from_flags_a_file_and_the_model_and_get_the_style_phrase(w
 def test_what_cannot_work_is_said_and_leaves_nothing(arguments, words, workplace, capsys):
     assert words in refused(capsys, *SMALL, "--steps", "1", *arguments)
     assert not (workplace / "run").exists()
+
+
+def test_a_style_becomes_a_one_step_style_in_one_file(workplace, capsys):
+    trained = ["train", "--images", "pictures", "--resolution", "32", "--steps", "1", "--rank", "2"]
+    style = printed(capsys, *trained, "--style-phrase", "<v3>", "--out", "style")["adapter"]
+    result = printed(capsys, *SMALL, "--steps", "1", "--prompt", "{star|tree}", "--teacher-adapter", style)
+    metadata = printed(capsys, "inspect", result["student"])["metadata"]
+    assert metadata["stylewright.style_phrase"] == "<v3>" and metadata["stylewright.one_step"]
+    drawn = printed(capsys, "generate", "--adapter", result["student"], "--prompt", "star", "--size", "32x32")
+    assert drawn["pictures"][0]["prompt"] == "star in <v3> style"
+    longer = ["--steps", "1", "--out", "longer", "--init-adapter", result["student"]]
+    assert printed(capsys, *SMALL, *longer)["steps"] == 1
+    said = refused(capsys, *SMALL, "--steps", "1", "--out", "other", "--teacher-adapter", result["student"])
+    assert "is a one-step student, and no teacher" in said and not (workplace / "other").exists()

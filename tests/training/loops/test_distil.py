@@ -60,7 +60,7 @@ def config_of(**changes):
     return DistilConfig(**{**defaults, **changes})
 
 
-MORE = ("start", "likeness")  # of the loop's arguments
+MORE = ("start", "worn", "likeness")  # of the loop's arguments
 
 
 def run(folder=None, *, on=None, report=None, check=None, sample=None, prompts=PROMPTS, **changes):
