@@ -20,6 +20,7 @@ from .embedded import app as embedded
 from .files import convert, inspect
 from .generate import generate
 from .imitate import imitate
+from .merge import merge
 from .resize import resize
 from .train import resume, train
 
@@ -50,7 +51,21 @@ def _add(command: Callable[..., None]) -> None:
     app.command()(call)
 
 
-for each in (demo, train, resume, distill, imitate, crops, generate, density, inspect, convert, resize, approximate):
+for each in (
+    demo,
+    train,
+    resume,
+    distill,
+    imitate,
+    crops,
+    generate,
+    density,
+    inspect,
+    convert,
+    resize,
+    merge,
+    approximate,
+):
     _add(each)
 
 app.add_typer(embedded, name="embedded")

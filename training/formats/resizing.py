@@ -77,6 +77,15 @@ class Resized:
 
 def resize_layers(layers: Mapping[str, Layer], cut: Cut) -> Resized:
     """Every layer at the rank of ``cut``. ValueError names one that is no sum of weights, as OFT's, or holds NaN."""
+    require_finite(layers)
+    small, kept = {}, {}
+    for name, layer in layers.items():
+        small[name], kept[name] = resize_layer(as_lora(name, layer), cut)
+    return Resized(small, kept)
+
+
+def require_finite(layers: Mapping[str, Layer]) -> None:
+    """ValueError names layers that hold NaN."""
     # One by one in float32: torch cannot ask float8 whether it is finite.
     bad = [
         name
@@ -87,10 +96,6 @@ def resize_layers(layers: Mapping[str, Layer], cut: Cut) -> Resized:
         raise ValueError(
             f"NaN or infinite values are in {listed(bad)}: the adapter's training went wrong, or its file was damaged"
         )
-    small, kept = {}, {}
-    for name, layer in layers.items():
-        small[name], kept[name] = resize_layer(as_lora(name, layer), cut)
-    return Resized(small, kept)
 
 
 @torch.no_grad()
@@ -158,21 +163,27 @@ def resize_file(file: AdapterFile, cut: Cut) -> tuple[AdapterFile, Resized]:
             "they would be lost"
         )
     resized = resize_layers(file.layers, cut)
+    said = {"resized": f"by {cut.by} {cut.value:g}: {resized.summary()}"}
+    return rewritten(file, resized.layers, said), resized
+
+
+def rewritten(file: AdapterFile, layers: Mapping[str, Layer], said: Mapping[str, str]) -> AdapterFile:
+    """The file with other LoRA layers: same names, same style, and its metadata with the new rank and what is said."""
     style = file.header.get(STYLE_KEY) or style_of(file.tensors) or "comfyui"
     norm = file.header.get(NORM_KEY, MERGED)
     family = file.family if file.family in FAMILIES else ""
-    written = styled(resized.layers, style, family or "", norm=norm, unet_layers=_unet_layers(file))
-    rank = max(layer.rank or 1 for layer in resized.layers.values())
+    written = styled(layers, style, family or "", norm=norm, unet_layers=_unet_layers(file))
+    rank = max(layer.rank or 1 for layer in layers.values())
     header, about = dict(file.header), file.about
     if about is not None:
-        dora = any("magnitude" in layer.tensors for layer in resized.layers.values())
+        dora = any("magnitude" in layer.tensors for layer in layers.values())
         about = replace(about, method="dora" if dora else "lora", rank=rank, alpha=None)
         header.pop(f"{PREFIX}alpha", None)
         header |= build_metadata(about)
     elif "ss_network_dim" in header:
         header |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    header[f"{PREFIX}resized"] = f"by {cut.by} {cut.value:g}: {resized.summary()}"
-    return AdapterFile(file.path, header, about, resized.layers, (), written.tensors), resized
+    header |= {f"{PREFIX}{name}": words for name, words in said.items()}
+    return AdapterFile(file.path, header, about, layers, (), written.tensors)
 
 
 def resize_adapter(source: Path, target: Path, cut: Cut) -> Resized:

@@ -1,0 +1,102 @@
+"""Students between students: the change of every layer is the mean of both changes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stylewright.training.formats.adapters import load_adapter, save_adapter
+from stylewright.training.formats.contents import read_adapter
+from stylewright.training.formats.merging import merge_adapters
+from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
+from stylewright.training.formats.resizing import Cut
+
+ONE_STEP = {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
+ABOUT = AdapterMetadata(
+    "flux", "lora", 2, 4.0, process="flow", prediction="flow", one_step=ONE_STEP, seed=3, style_phrase="ink"
+)
+NAMES = [f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+SINGLE = "single_transformer_blocks.1.proj_out"
+
+
+def student(path, *, rank=2, names=NAMES, seed=0, style=None, width=8, kinds="AB", **changes):
+    draw, state = torch.Generator().manual_seed(seed), {}
+    for name in names:
+        state[f"{name}.lora_A.weight"] = torch.randn(rank, 8, generator=draw)
+        state[f"{name}.lora_B.weight"] = torch.randn(width, rank, generator=draw)
+    about = replace(ABOUT, rank=rank, **changes)
+    save_adapter(path, state, build_metadata(about), style)
+    return path
+
+
+def deltas(path):
+    """The change of each of diffusers' layers."""
+    loaded = load_adapter(path, "diffusers")
+    ends = ("lora_B.weight", "lora_A.weight")
+    return {
+        name: loaded.alpha / loaded.rank * loaded.state[f"{name}.{ends[0]}"] @ loaded.state[f"{name}.{ends[1]}"]
+        for name in loaded.names
+    }
+
+
+@pytest.mark.parametrize("style", ["comfyui", "diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_every_layers_change_is_between_both(weight, style, tmp_path):
+    one = student(tmp_path / "a.safetensors", style=style)
+    two = student(tmp_path / "b.safetensors", rank=3, seed=1, alpha=1.5, names=[*NAMES, SINGLE], style=style)
+    merge_adapters(one, two, tmp_path / "m.safetensors", weight)
+    a, b, merged = (deltas(tmp_path / f"{name}.safetensors") for name in "abm")
+    assert merged.keys() == (a.keys() if weight == 1 else b.keys())
+    for name, found in merged.items():
+        expected = weight * a.get(name, torch.zeros(8, 8)) + (1 - weight) * b[name]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_file_is_a_student_and_says_what_it_is_of(tmp_path):
+    one = student(tmp_path / "a.safetensors", steps=10)
+    two = student(tmp_path / "b.safetensors", seed=1, style_phrase="oil", steps=20)
+    merge_adapters(one, two, tmp_path / "m.safetensors", 0.3)
+    file = read_adapter(tmp_path / "m.safetensors")
+    assert file.about.one_step == ONE_STEP and (file.about.process, file.about.prediction) == ("flow", "flow")
+    assert file.header["stylewright.merged"] == "0.3 of a.safetensors and 0.7 of b.safetensors"
+    assert file.about.style_phrase == "" and file.about.steps is None and file.about.seed is None
+    assert not file.unknown and max(layer.rank for layer in file.layers.values()) >= 4
+
+
+def test_a_lower_rank_afterwards_is_the_best_of_it(tmp_path):
+    one, two = (student(tmp_path / f"{n}.safetensors", seed=n, names=[SINGLE]) for n in range(2))
+    merge_adapters(one, two, tmp_path / "m.safetensors", 0.5)
+    merge_adapters(one, two, tmp_path / "s.safetensors", 0.5, Cut(value=2))
+    whole, small = (deltas(tmp_path / f"{name}.safetensors")[SINGLE] for name in "ms")
+    left, values, right = torch.linalg.svd(whole)
+    torch.testing.assert_close(small, (left[:, :2] * values[:2]) @ right[:2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"one_step": {**ONE_STEP, "level": 0.4}}, "level is 1.0 in a.safetensors and 0.4 in b.safetensors"),
+        ({"one_step": {**ONE_STEP, "start": "scaled"}}, "student's start"),
+        ({"one_step": {**ONE_STEP, "unit": "time"}}, "student's unit"),
+        ({"prediction": "eps"}, "prediction is 'flow'"),
+        ({"process": "vp"}, "process is 'flow'"),
+        ({"family": "sd3"}, "family is 'flux'"),
+        ({"one_step": {}}, "b.safetensors does not say that it is a one-step student"),
+        ({"width": 6}, "expected one model"),
+        ({"style": "peft"}, "stylewright convert --style"),
+    ],
+)
+def test_students_that_cannot_be_merged_are_told_apart_and_nothing_is_written(changes, words, tmp_path):
+    one = student(tmp_path / "a.safetensors", style="comfyui")
+    names = [name.replace("to_q", "add_q_proj") for name in NAMES[:1]] if changes.get("family") else NAMES
+    two = student(tmp_path / "b.safetensors", names=names, **changes)
+    with pytest.raises(ValueError, match=words):
+        merge_adapters(one, two, tmp_path / "m.safetensors", 0.5)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1])
+def test_weights_beyond_both_are_refused(weight, tmp_path):
+    one = student(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        merge_adapters(one, one, tmp_path / "m.safetensors", weight)

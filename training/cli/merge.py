@@ -1,0 +1,28 @@
+"""``stylewright merge``: the student between two."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import Json, show
+
+
+def merge(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A one-step student's file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model, called at the same time.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    weight: Annotated[float, typer.Option(help="Share of A; the rest is B's.")] = 0.5,
+    rank: Annotated[
+        int | None, typer.Option(help="Lower the rank to this afterwards. (default: the sum of both ranks, exactly)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the one-step student whose weights are between those of two, as SwiftBrush v2 does."""
+    from ..formats.merging import merge_adapters
+    from ..formats.resizing import Cut
+
+    merged = merge_adapters(first, second, target, weight, None if rank is None else Cut(value=rank))
+    ranks = {name: layer.rank for name, layer in merged.layers.items()}
+    said = f"wrote {target}: {weight:g} of {first} and {1 - weight:g} of {second}"
+    show({"file": target, "ranks": ranks}, [said], as_json)

@@ -1,0 +1,108 @@
+"""One student of two: weights between theirs, w theta_A + (1 - w) theta_B (SwiftBrush v2, arXiv 2408.14176).
+
+The change that an adapter makes is merged, and not its factors: for products scale B A with their ranks one after the
+other, [w s B, (1 - w) s' B'] [A; A'] is the mean of the changes exactly.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contents import AdapterFile, read_adapter
+from .layers import Layer
+from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
+from .resizing import Cut, as_lora, require_finite, resize_layers, rewritten, write_file
+
+ALIKE = ("family", "process", "prediction")  # of two students, and how they are called
+
+
+def merge_adapters(first: Path, second: Path, target: Path, weight: float, cut: Cut | None = None) -> AdapterFile:
+    """Writes the student between two: ``weight`` of the first's change and the rest of the second's.
+
+    ``cut``: lower ranks, for the sum of both would be exact, and twice as large. ValueError for files that are no
+    students, or that are of different kinds or called differently.
+    """
+    merged = merged_files(read_adapter(first), read_adapter(second), weight)
+    if cut is not None:
+        small = resize_layers(merged.layers, cut)
+        merged = rewritten(merged, small.layers, {"resized": f"by {cut.by} {cut.value:g}: {small.summary()}"})
+    write_file(target, merged)
+    return merged
+
+
+def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> AdapterFile:
+    """The same of files that are open already."""
+    require_weight(weight)
+    about = merged_about(first.about, second.about, first.path.name, second.path.name)
+    for file in (first, second):
+        if file.unknown:
+            raise ValueError(f"{file.path} has tensors that we do not understand, for example {file.unknown[0]}")
+        require_finite(file.layers)
+    layers = merged_layers(first.layers, second.layers, weight)
+    mixture = f"{weight:g} of {first.path.name} and {1 - weight:g} of {second.path.name}"
+    return rewritten(replace(first, about=about, header=_header(first, second)), layers, {"merged": mixture})
+
+
+def _header(first: AdapterFile, second: AdapterFile) -> dict[str, str]:
+    """What the first's says of how it is written; of how it came to be, nothing is true of both."""
+    kept = {key: first.header[key] for key in (STYLE_KEY, LAYOUT_KEY, NORM_KEY) if key in first.header}
+    trained = [json.loads(file.header.get(LAYERS_KEY, "[]")) for file in (first, second)]
+    names = dict.fromkeys([*trained[0], *trained[1]])
+    return {**kept, LAYERS_KEY: json.dumps(list(names))} if names else kept
+
+
+def require_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise ValueError(f"the weight of the first student is {weight:g}: expected a share from 0 to 1")
+
+
+@torch.no_grad()
+def merged_layers(first: Mapping[str, Layer], second: Mapping[str, Layer], weight: float) -> dict[str, Layer]:
+    """LoRAs with a scale of 1. ValueError for layers of different sizes, or names of different layouts."""
+    if not first.keys() & second.keys():
+        raise ValueError(
+            f"the students have no layer in common: the one has {next(iter(first))} and the other "
+            f"{next(iter(second))}. Write both in one style before (stylewright convert --style)"
+        )
+    parts: dict[str, list[Layer]] = {}
+    for layers, share in ((first, weight), (second, 1 - weight)):
+        for name, layer in layers.items() if share else ():
+            lora = as_lora(name, layer)
+            parts.setdefault(name, []).append(replace(lora, scale=lora.scale * share))
+    return {name: _side_by_side(name, layers) for name, layers in parts.items()}
+
+
+def _side_by_side(name: str, layers: list[Layer]) -> Layer:
+    shapes = {(len(layer.tensors["B"]), *layer.tensors["A"].shape[1:]) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(f"the layer {name} has the sizes {' and '.join(map(str, sorted(shapes)))}: expected one model")
+    inner = torch.cat([layer.tensors["A"] for layer in layers])
+    outer = torch.cat([layer.scale * layer.tensors["B"].float() for layer in layers], dim=1)
+    return Layer("lora", {"A": inner, "B": outer.to(inner.dtype)})
+
+
+def merged_about(first: AdapterMetadata | None, second: AdapterMetadata | None, *names: str) -> AdapterMetadata:
+    """What is true of both students. ValueError naming what they differ in."""
+    for about, name in zip((first, second), names, strict=True):
+        if about is None or not about.one_step:
+            raise ValueError(f"{name} does not say that it is a one-step student: only those are merged")
+    assert first is not None and second is not None
+    for what in ALIKE:
+        _require_alike(what, getattr(first, what), getattr(second, what), names)
+    for what in sorted(first.one_step.keys() | second.one_step.keys()):
+        _require_alike(f"the student's {what}", first.one_step.get(what), second.one_step.get(what), names)
+    same = {field: getattr(first, field) for field in COMMON if getattr(first, field) == getattr(second, field)}
+    kept = {field: getattr(first, field) for field in (*ALIKE, "one_step", "unet_layers")}
+    return AdapterMetadata(method="lora", rank=1, title="One-step student", **kept, **same)
+
+
+COMMON = ("base_model", "style_phrase", "trigger", "resolution", "targets")
+
+
+def _require_alike(what: str, one: Any, other: Any, names: tuple[str, ...]) -> None:
+    if one != other:
+        raise ValueError(f"{what} is {one!r} in {names[0]} and {other!r} in {names[1]}: such students cannot be merged")
