@@ -125,7 +125,7 @@ class PGSBDistiller(io.ComfyNode):
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.distil_prompts import lines_of, prompts_of, styled_lines
-        from .bridge.distilling import DistilJob, DistilSockets, distil_student
+        from .bridge.distilling import TEACHER, DistilJob, DistilSockets, distil_student
         from .bridge.previews import nothing_to_show
         from .sample_strip import draw_strips
 
@@ -182,5 +182,5 @@ class PGSBDistiller(io.ComfyNode):
         made = distil_student(DistilSockets(teacher, clip, vae, student), job, address_of(cls.hidden))
         strips = nothing_to_show()
         if made.samples:
-            strips = draw_strips(made.samples, config.sample_prompts, steps, first="teacher")
+            strips = draw_strips(made.samples, config.sample_prompts, steps, first=TEACHER)
         return io.NodeOutput(made.tensors, {"loss": made.losses}, str(made.path), strips, ui=made.ui)

@@ -158,7 +158,7 @@ export class Panel {
       image.addEventListener('load', () => (this.film.scrollLeft = this.film.scrollWidth), { once: true })
       return image
     })
-    column.append(make('div', 'pale', step === 0 ? 'before' : `step ${step}`), ...images)
+    column.append(make('div', 'pale', step === 0 ? (this.run.pictures.first ?? 'before') : `step ${step}`), ...images)
     return column
   }
 }

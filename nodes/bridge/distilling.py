@@ -52,6 +52,8 @@ from .training import words_of
 
 logger = logging.getLogger(__name__)
 
+TEACHER = "teacher"  # what the sample pictures of step 0 are called
+
 
 @dataclass(frozen=True)
 class DistilSockets:
@@ -86,7 +88,7 @@ def distil_student(sockets: DistilSockets, job: DistilJob, address: Address | No
 
     Runs are continued, kept and published as those of :func:`.training.train_adapter`.
     """
-    progress = TrainingProgress(job.config.steps, address)
+    progress = TrainingProgress(job.config.steps, address, first=TEACHER)
     with progress.watched():
         return _run(sockets, job, progress)
 

@@ -21,8 +21,11 @@ MOST_PICTURES = 60  # steps whose pictures the panel lists
 class TrainingProgress:
     """Tells ComfyUI of a run, and the run of ComfyUI's interrupt."""
 
-    def __init__(self, steps: int, address: Address | None) -> None:
-        """``address``: of the node; None outside a server, where there is nobody to tell."""
+    def __init__(self, steps: int, address: Address | None, first: str = "before") -> None:
+        """``address``: of the node; None outside a server, where there is nobody to tell. ``first``: what the sample
+        pictures of step 0 are called.
+        """
+        self._first = first
         self._bar = comfy.utils.ProgressBar(steps, node_id=address.node_id if address else None)
         self._state = RunState(address.node if address else "", address.workflow if address else None, steps)
         self._told = address is not None
@@ -124,6 +127,7 @@ class TrainingProgress:
         return {
             "subfolder": shown_subfolder(self._run.samples),
             "prompts": list(self._prompts),
+            "first": self._first,
             "steps": [[step, _stamp(found[step][0]), [path.name for path in found[step]]] for step in steps],
         }
 

@@ -264,3 +264,22 @@ def test_style_guidance_runs_as_shipped_and_says_what_it_weighs(server, reposito
     guided, plain = (output["images"] for output in result["outputs"].values() if len(output.get("images", [])) == 4)
     assert guided[0]["type"] != plain[0]["type"]
     assert "FineStyle: 4 adapted(positive) -2 adapted(negative) -1 base(positive); 3 predictions a call" in server.text
+
+
+def test_a_student_is_distilled_and_drawn_in_one_step(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["distil_embedded.json"], server.info)
+    distiller = next(id for id, node in prompt.items() if node["class_type"] == "PGSBDistiller")
+    prompt[distiller]["inputs"] |= {"steps": 4, "sample_every": 4, "sample_steps": 4}  # the rest is as it is
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    pictures = (len(output["images"]) for output in result["outputs"].values() if "images" in output)
+    assert sorted(pictures) == [2, 4, 4], "two strips, and the student's pictures with and without the negative prompt"
+    (run,) = result["outputs"][distiller]["stylewright_training"]
+    assert run["phase"] == "finished" and run["pictures"]["first"] == "teacher"
+    assert any("begins with the linked student" in note for note in run["notes"])
+    (saved,) = (server.base / "models" / "loras" / "stylewright").glob("student_*.safetensors")
+    assert read_adapter(saved).about.one_step["level"] == 1.0
+    told = b"".join(message["data"] for message in result["messages"] if message["type"] == "binary")
+    assert told.count(b"as the student's file says: time 1 (sigma 1, log_snr -inf)") >= 2
