@@ -13,7 +13,17 @@ from .bridge.sampling import Brush
 from .lists import one_value_each
 from .sockets import LORA, LOSS_MAP, StyleDataset, StyleDensity
 from .trainer_inputs import advanced, links, plain
-from .trainer_more_inputs import consistency, fitting, given, keeping, starting, style_inject, teaching, text_encoder
+from .trainer_more_inputs import (
+    bottleneck,
+    consistency,
+    fitting,
+    given,
+    keeping,
+    starting,
+    style_inject,
+    teaching,
+    text_encoder,
+)
 from .trainer_samples import sampling
 
 
@@ -45,6 +55,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
                 *consistency(),
                 *style_inject(),
                 *teaching(),
+                *bottleneck(),
             ],
             outputs=[
                 LORA.Output("lora", tooltip="The adapter, for Load Style LoRA or ComfyUI's own LoraModelLoader."),
@@ -128,6 +139,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
         latents: list[dict] | None = None,
         conditioning: list[list] | None = None,
         teacher: Any = None,
+        shared_bottleneck: bool = False,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.previews import nothing_to_show
@@ -168,6 +180,7 @@ class StyleFriendlySNRTrainer(io.ComfyNode):
                 dropout=dropout,
                 branches=branches,
                 injection=injection,
+                shared_bottleneck=shared_bottleneck,
             ),
             text_encoder_learning_rate=text_encoder_learning_rate,
             text_encoder_targets=text_encoder_targets,

@@ -188,3 +188,19 @@ def teaching() -> list[io.Input]:
             ),
         ),
     ]
+
+
+def bottleneck() -> list[io.Input]:
+    """The widget of the method of that name."""
+    return [
+        io.Boolean.Input(
+            "shared_bottleneck",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "Of the method bottleneck: layers of equal width share their projections, and each has two vectors of "
+                "its own. A small part of the size."
+            ),
+        ),
+    ]

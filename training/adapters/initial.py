@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # Zero at the start, so that the adapter does nothing: parts of peft's parameter names. The rest is drawn.
 # DoRA's magnitudes are measured afterwards.
 ZERO_AT_START = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R", "lora_magnitude_vector"}
-ZERO_AT_START |= {"styleinject_B", "styleinject_r", "bottleneck_up"}
+ZERO_AT_START |= {"styleinject_B", "styleinject_r", "bottleneck_up", "bottleneck_shared_up", "bottleneck_u"}
+NEAR_ZERO = {"bottleneck_down", "bottleneck_shared_down", "bottleneck_d"}
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def initialise(
     parts = set(name.split("."))
     if config.init == "gaussian" and parts & {"lora_A", "styleinject_A"}:
         drawn.normal_(std=1 / config.rank, generator=source)
-    elif "bottleneck_down" in parts:
+    elif parts & NEAR_ZERO:
         nn.init.trunc_normal_(drawn, std=DOWN_STD, a=-2 * DOWN_STD, b=2 * DOWN_STD, generator=source)
     elif "styleinject_R" in parts:
         drawn.normal_(std=ROUTER_STD, generator=source)

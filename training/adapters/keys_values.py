@@ -3,7 +3,7 @@
 FineStyle adapts the kernels of keys and values (NeurIPS 2024, pp. 52937-52961). diffusers has a layer for each; the
 original layouts stack their rows in one, such as ``qkv``. There the two adapters are one LoRA of twice the rank,
 [0; B_k 0; 0 B_v] [A_k; A_v], whose zeros get no gradient: what is trained, and what it does, is the same in either
-layout. Likewise two bottlenecks are one of twice the width.
+layout. Likewise two bottlenecks are one of twice the width, and where layers share the rest their d are one vector.
 """
 
 import re
@@ -61,6 +61,9 @@ def keep_to_rows(tensors: Mapping[str, nn.Parameter], layer: str, rows: Rows, ra
             outputs = tensor.shape[1 if turned else 0]
             places = own_places(rows, outputs, rank)
             _keep_to(tensor, places.T if turned else places)
+    vector = tensors.get(f"{layer}.bottleneck_d")
+    if vector is not None:
+        _keep_to(vector, own_places(rows, len(vector), 1).any(1))
 
 
 def _keep_to(tensor: nn.Parameter, places: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ class AdapterConfig:
     ``init``: "gaussian" (standard deviation 1/rank) or "uniform" (He) for the first factor of the LoRA family and of
     styleinject.
     ``branches``: down-projections of styleinject, each of the rank. ``injection``: how they act, one of its forms.
+    ``shared_bottleneck``: the bottlenecks of layers with equally many outputs have their projections in common.
     """
 
     method: str = "lora"
@@ -38,6 +39,7 @@ class AdapterConfig:
     init: str = "gaussian"
     branches: int = 4
     injection: str = FORMS[0]
+    shared_bottleneck: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -58,11 +60,15 @@ class AdapterConfig:
             raise ValueError(f"branches is {self.branches}: expected at least 1, for example 4")
         if self.injection not in FORMS:
             raise ValueError(f"unknown injection {self.injection!r}: expected one of {', '.join(FORMS)}")
+        usual = {each.name: each.default for each in fields(self)}
+        refuse_idle(self.method, [name for name in OF_METHOD if getattr(self, name) != usual[name]])
 
     @property
     def options(self) -> dict[str, Any]:
         """What the method has besides rank and alpha, for the adapter's file."""
-        return {"branches": self.branches, "injection": self.injection} if self.method == STYLE_INJECT else {}
+        if self.method == STYLE_INJECT:
+            return {"branches": self.branches, "injection": self.injection}
+        return {"shared_bottleneck": True} if self.shared_bottleneck else {}
 
     @property
     def scale_alpha(self) -> float:
@@ -76,9 +82,20 @@ UNMERGEABLE = (
     STYLE_INJECT,
     BOTTLENECK,
 )  # acts by the input, and is no change of weights: a file that only our loader can load
+# Options that only one method has.
+OF_METHOD = {"branches": STYLE_INJECT, "injection": STYLE_INJECT, "shared_bottleneck": BOTTLENECK}
 READS_WEIGHTS = ("dora", "oft")  # needs the numbers of the frozen weights: to train, or to write files
 INITS = ("gaussian", "uniform")
 LORA_FAMILY = ("lora", "rslora", "dora")  # to peft one kind of layer, which may have several of them
+
+
+def refuse_idle(method: str, stated: Iterable[str]) -> None:
+    """ValueError where an option that somebody stated belongs to another method, and would change nothing."""
+    for name in stated:
+        if OF_METHOD.get(name, method) != method:
+            raise ValueError(
+                f"{name} has no effect on {method}: leave it at its default, or choose the method {OF_METHOD[name]}"
+            )
 
 
 def check_kin(configs: Mapping[str, AdapterConfig]) -> None:
@@ -136,7 +153,7 @@ def peft_config(
     if config.method == STYLE_INJECT:
         found.family = family  # tells what is known of prompts
     if stacked and config.method == BOTTLENECK:
-        found.ranks = dict.fromkeys(stacked, 2 * config.rank)
+        found.parts = {name: [[part.start, part.stop] for part in rows] for name, rows in stacked.items()}
     elif stacked:
         # At twice the rank, the scale stays that of one: alpha/rank, for rslora alpha/sqrt(rank).
         factor = 2**0.5 if config.method == "rslora" else 2
@@ -202,7 +219,13 @@ def _style_inject(config: AdapterConfig, targets: str) -> "PeftConfig":
 def _bottleneck(config: AdapterConfig, targets: str) -> "PeftConfig":
     from .bottleneck_peft import BottleneckConfig
 
-    return BottleneckConfig(r=config.rank, alpha=config.scale_alpha, dropout=config.dropout, target_modules=targets)
+    return BottleneckConfig(
+        r=config.rank,
+        alpha=config.scale_alpha,
+        shared=config.shared_bottleneck,
+        dropout=config.dropout,
+        target_modules=targets,
+    )
 
 
 METHODS: dict[str, Callable[[AdapterConfig, str], "PeftConfig"]] = {

@@ -13,7 +13,7 @@ from ..loops.share import require_alike
 from ..loops.tables import from_table
 from .distill_job import HELP, JOB, DistilJob
 from .flags import flags_of, merge, with_flags
-from .job import read_toml, sorted_out
+from .job import read_toml, refuse_idle_options, sorted_out
 from .launch import Launch, as_launched, launched
 from .output import Json, show
 from .progress import Update, patient_interrupt, progress_bar
@@ -47,6 +47,7 @@ def distill(
         require_alike(table, launch.processes)
         if table.get("precision") == AUTOMATIC_PRECISION:
             table["precision"] = precision_on(launch.device_of(table.get("device", DistilJob.device)))
+        refuse_idle_options(table)
         ours, rest = sorted_out(table, DistilJob, DistilConfig)
         run(from_table(DistilJob, ours), from_table(DistilConfig, rest), as_json, launch)
 

@@ -11,7 +11,7 @@ import typer
 from ..loops.config import TrainConfig, config_from_table, config_to_table
 from .flags import flags_of, merge, with_flags
 from .generate import Components, Guidance, Model, Prompts, wearing
-from .job import read_toml
+from .job import read_toml, refuse_idle_options
 from .output import Json, show
 from .planning import train_within_memory
 from .progress import patient_interrupt, progress_bar
@@ -87,6 +87,7 @@ def imitate(
 
 def _configured(table: Mapping[str, Any]) -> TrainConfig:
     """ValueError where a text encoder is to be trained: what it says is part of the question."""
+    refuse_idle_options(table)
     options = config_from_table(table)
     if options.text_encoder_learning_rate:
         raise ValueError(

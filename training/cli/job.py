@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.methods import AdapterConfig, refuse_idle
 from ..data.concepts import PICTURES, PRIOR_SHARE, PRIOR_WEIGHT, PRIORS, check_prior_share
 from ..errors import IncompatibleCheckpoint
 from ..formats.state import write_atomically
@@ -121,8 +122,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def split(table: Mapping[str, Any]) -> tuple[Job, TrainConfig]:
     """The two halves of what a user stated, resolved. ValueError names an unknown option or a bad value."""
+    refuse_idle_options(table)
     ours, rest = sorted_out(table, Job, TrainConfig)
     return from_table(Job, ours), config_from_table(rest)
+
+
+def refuse_idle_options(table: Mapping[str, Any]) -> None:
+    """ValueError for an option of one adapter method that a user stated with another, whatever its value."""
+    stated = table.get("adapter", {})
+    if isinstance(stated, Mapping):
+        refuse_idle(stated.get("method", AdapterConfig.method), stated)
 
 
 def sorted_out(table: Mapping[str, Any], job: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

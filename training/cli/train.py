@@ -65,6 +65,7 @@ HELP = {
     "adapter.init": "gaussian or uniform.",
     "adapter.branches": "Of styleinject: down-projections of this rank, which a router weighs.",
     "adapter.injection": "Of styleinject: f2c, f1, f2, or lora for comparison.",
+    "adapter.shared_bottleneck": "Of bottleneck: projections in common to layers of a width, and vectors for each.",
     "density.preset": "The law of the noise level; `stylewright density` shows what it draws.",
     "density.mu": "Mean of log_snr, instead of the preset's.",
     "density.sigma": "Standard deviation of log_snr, instead of the preset's.",

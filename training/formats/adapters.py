@@ -4,8 +4,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +19,8 @@ from .keys_transformers import TRANSFORMERS
 from .layers import Layer, folded, kronecker_as_lora
 from .layouts import at_one_rank, to_diffusers, to_native
 from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata, read_metadata
-from .spelling import style_of, write_layer
+from .sharing import multiplied, shares
+from .spelling import read_key, style_of, write_layer, write_name
 from .state import write_atomically
 from .styles import MERGED, Weights, best_style, has_dora, renormed, styled
 
@@ -37,12 +39,20 @@ class LoadedAdapter:
     rank: int
     alpha: float | None  # None for OFT, which has none
     about: AdapterMetadata | None  # None = another tool's file
+    shared: bool = False  # whether the state is of bottlenecks that share
 
     @property
     def config(self) -> AdapterConfig:
         """What it takes to attach it; which layers is in ``names``."""
-        options = self.about.options if self.about else {}
-        return AdapterConfig(self.method, self.rank, self.alpha, **options)
+        return AdapterConfig(self.method, self.rank, self.alpha, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the method has besides rank and alpha."""
+        stated = dict(self.about.options) if self.about else {}
+        if not self.shared:
+            stated.pop("shared_bottleneck", None)
+        return stated
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,9 @@ def save_adapter(
     if weights is None and style == "comfyui" and has_dora(layers):
         logger.warning("%s: without the base model's weights ComfyUI applies this DoRA with a slight error", path)
     written = styled(layers, style, about.family, weights=weights, unet_layers=about.unet_layers)
+    if shares(state):
+        spelled = {write_name(style, about.family, "", name): value for name, value in state.items()}
+        written = replace(written, tensors=multiplied(spelled, about.scale))
     header = {**metadata, STYLE_KEY: style, LAYERS_KEY: json.dumps(list(layers))}
     if about.family in FAMILIES:
         header[LAYOUT_KEY] = layout_of(about.family, layers, about.unet_layers)
@@ -146,7 +159,10 @@ def loaded_from(
     layers = renormed(layers, file.header.get(NORM_KEY, MERGED), MERGED, weights)
     if family in FAMILIES:
         layout = layout_of(family, layers, _unet_layers(file))
-    return _as_peft(file.about, layers, family, layout or "native")
+    loaded = _as_peft(file.about, layers, family, layout or "native")
+    if file.about and shares(file.tensors) and layers.keys() == file.layers.keys():
+        return _sharing(loaded, file)
+    return loaded
 
 
 def convert_adapter(
@@ -240,6 +256,15 @@ def _refuse_unknown(file: AdapterFile) -> None:
     if file.unknown:
         shown = ", ".join(file.unknown[:5])
         raise ValueError(f"{file.path} has {len(file.unknown)} tensors that we do not understand, for example {shown}")
+
+
+def _sharing(loaded: LoadedAdapter, file: AdapterFile) -> LoadedAdapter:
+    """The same with what its layers share as it was trained."""
+    assert file.about is not None, "only we write such files"
+    about, found = file.about, {read_key(key): value for key, value in file.tensors.items()}
+    state = {f"{key[0]}.{key[1]}": value.contiguous() for key, value in found.items() if key}
+    alpha = float(about.scale * about.rank)
+    return replace(loaded, state=multiplied(state, 1 / about.scale), rank=about.rank, alpha=alpha, shared=True)
 
 
 def _as_peft(about: AdapterMetadata | None, layers: Mapping[str, Layer], family: str, layout: str) -> LoadedAdapter:

@@ -12,6 +12,7 @@ from .keys import detect_family
 from .layers import Layer
 from .metadata import AdapterMetadata, read_metadata, stated_family, states_family
 from .rotations import from_glora
+from .sharing import OWN, SHARED, unshared
 from .spelling import ALPHA, read_alpha, read_key
 from .state import opened
 
@@ -120,8 +121,11 @@ def read_layers(
                 unknown.append(key)
             case layer, name:
                 found.setdefault(layer, {})[name] = key
-    layers = {}
+    shared = {name: keys for name, keys in found.items() if keys.keys() & (OWN | SHARED)}
+    layers = unshared({n: {each: tensors[key] for each, key in keys.items()} for n, keys in shared.items()})
     for name, keys in found.items():
+        if name in layers:
+            continue
         layer = _layer({each: tensors[key] for each, key in keys.items()}, about)
         if layer is None:
             unknown += keys.values()

@@ -23,7 +23,7 @@ KOHYA = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scal
 PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector", **{n: n for n in _SHARED}}
 PEFT["oft_R"] = "oft_R.weight"
 PEFT |= {name: name for name in (f"styleinject_{part}" for part in "ABRr")}
-PEFT |= {name: name for name in ("bottleneck_down", "bottleneck_up")}
+PEFT |= {f"bottleneck_{part}": f"bottleneck_{part}" for part in ("down", "up", "d", "u", "shared_down", "shared_up")}
 # The rotation of inputs as a product: W a1 a2 (GLoRA), which ComfyUI knows. b1 b2, which it adds, is zero.
 GLORA = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 ALPHA = "alpha"

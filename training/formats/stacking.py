@@ -21,14 +21,35 @@ def split(layer: Layer, parts: int, present: Sequence[bool] | None = None) -> tu
     if layer.method == "oft":
         return (layer,) * parts
     if layer.method == "bottleneck":
-        raise ValueError(
-            "this bottleneck was trained behind a layer that stacks several, as ComfyUI has them, and diffusers has "
-            "one for each: load it in ComfyUI, or train it in diffusers"
-        )
+        return _bottlenecks(layer, parts)
     sizes = [layer.inputs] * (parts - 1) + [layer.outputs - layer.inputs * (parts - 1)]
     ends = [sum(sizes[: index + 1]) for index in range(parts)]
     pieces = [rows(layer, range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
     return _at_own_ranks(pieces, present or _acting(pieces)) or tuple(pieces)
+
+
+def _bottlenecks(layer: Layer, parts: int) -> tuple[Layer | None, ...]:
+    """Those of keys and of values, of two in one: each sees and changes its own rows, in the halves of the width.
+
+    ValueError for a bottleneck that mixes the parts: behind one of them alone nothing acts like it.
+    """
+    down, up = layer.tensors["bottleneck_down"], layer.tensors["bottleneck_up"]
+    rank, found = len(down) // 2, {}
+    for half in (slice(0, rank), slice(rank, 2 * rank)):
+        seen = down[half].any(0).nonzero().flatten().tolist() or [0]
+        own = slice(seen[0], seen[-1] + 1)
+        size = own.stop - own.start
+        alone = torch.zeros(layer.outputs, dtype=torch.bool)
+        alone[own] = True
+        if own.start % size or own.start // size in found or up[~alone, half].any():
+            raise ValueError(
+                "this bottleneck was trained behind a layer that stacks several, as ComfyUI has them, and looks at all "
+                "of them at once, while diffusers has a layer for each: load it in ComfyUI, or train with the targets "
+                "kv_text or kv_both, which have a bottleneck for keys and one for values in either"
+            )
+        own_tensors = {"bottleneck_down": down[half, own], "bottleneck_up": up[own, half]}
+        found[own.start // size] = replace(layer, tensors=own_tensors)
+    return tuple(found.get(part) for part in range(parts))
 
 
 def merged(layers: Sequence[Layer | None]) -> Layer | None:
@@ -36,13 +57,15 @@ def merged(layers: Sequence[Layer | None]) -> Layer | None:
 
     Parts that share their input side, as :func:`split` makes them, keep it. Otherwise the parts' ranks add up:
     [B_q A_q; B_k A_k; B_v A_v] = diag(B_q, B_k, B_v) [A_q; A_k; A_v], and likewise for both products of LoHa.
-    A Kronecker product or a rotation of inputs has no such form.
+    A Kronecker product, a rotation of inputs or a bottleneck has no such form.
     """
     first = next(layer for layer in layers if layer is not None)
     method, names, scale = first.method, set(first.tensors), first.scale
     layers = [None if layer is None else folded(layer, scale) for layer in layers]
     present = [layer for layer in layers if layer is not None]
-    if method == "glora" or any(layer.method != method or set(layer.tensors) != names for layer in present):
+    if method in ("glora", "bottleneck") or any(
+        layer.method != method or set(layer.tensors) != names for layer in present
+    ):
         return None
     if len(present) == len(layers) and (one := _sharing_inputs(present)):
         return one

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.keys_values import PRESETS, Rows, rows_of
-from ..adapters.methods import UNMERGEABLE, AdapterConfig
+from ..adapters.methods import BOTTLENECK, UNMERGEABLE, AdapterConfig
 from .adapters import LoadedAdapter
 from .layers import Layer
 from .resizing import Cut, resize_layer
@@ -140,16 +140,18 @@ def _require_method(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> 
             f"{name} is a {loaded.method} adapter, and this run trains {config.method}: choose the method "
             f"{loaded.method}, or another adapter to begin with"
         )
-    options = dict(loaded.about.options) if loaded.about else {}
+    options = loaded.options
     if options != config.options:
         raise ValueError(
             f"{name} has {options}, and this run {config.options}: they cannot be changed, choose the same"
         )
     fixed = config.method in ("oft", "lokr", *UNMERGEABLE) or (config.method == "loha" and config.rank < loaded.rank)
-    if fixed and loaded.rank != config.rank:
+    # Two bottlenecks in one, for keys and for values, are of twice the rank.
+    rank = loaded.about.rank if loaded.about and config.method == BOTTLENECK else loaded.rank
+    if fixed and rank != config.rank:
         raise ValueError(
-            f"{name} is a {loaded.method} adapter of rank {loaded.rank}, and this run has {config.rank}: the rank of "
-            f"this method cannot be changed to it, choose {loaded.rank}"
+            f"{name} is a {loaded.method} adapter of rank {rank}, and this run has {config.rank}: the rank of this "
+            f"method cannot be changed to it, choose {rank}"
         )
 
 
@@ -160,6 +162,7 @@ def _scale(method: str, alpha: float, rank: int) -> float:
 def _rescaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     """The factor goes into one tensor of each layer."""
     ends = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "styleinject_B", "bottleneck_up")
+    ends += ("bottleneck_u", "bottleneck_shared_up")
     return {name: value * factor if name.endswith(ends) else value for name, value in state.items()}
 
 
