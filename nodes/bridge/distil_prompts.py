@@ -34,27 +34,38 @@ def styled_lines(text: str, style_phrase: str) -> tuple[str, ...]:
 
 
 def encode_before(host: Host, prompts: Prompts, config: DistilConfig, progress: TrainingProgress) -> list[str]:
-    """Encodes what the run will ask for, the empty prompt too. The prompts.
-
-    ValueError where there are too many to keep.
-    """
-    drawn = _drawn(prompts, config, "prompts")
-    away = _drawn(Prompts(config.negative_prompts), config, "negative prompts") if config.negative_prompts else []
-    every = list(dict.fromkeys(["", *drawn, *away]))
+    """Encodes all that the run may ask for, or the first step's prompts where that is too much: :func:`few` says it."""
+    sources = {"prompts": prompts, **negatives_of(config)}
+    found = [may_be_drawn(each, config, use) or _of_step(each, config, use, 0) for use, each in sources.items()]
+    every = list(dict.fromkeys(["", *(prompt for each in found for prompt in each)]))
     for number, prompt in enumerate(every, start=1):
         host.encode_prompts([prompt])
         progress.encoded(number, len(every))
     return every
 
 
-def _drawn(prompts: Prompts, config: DistilConfig, use: str) -> list[str]:
-    """All that may be drawn in the run; where that is much, what will be."""
-    lines = [] if prompts.file else [read_line(line) for line in prompts.lines]
-    if lines and sum(map(len, lines)) <= MOST:
-        return [line.prompt(number) for line in lines for number in range(len(line))]
-    found: dict[str, None] = {}
-    for step in range(config.steps):
-        found.update(dict.fromkeys(prompts.drawn(config.seed, step, config.samples_a_step, use)))
-        if len(found) > MOST:
-            raise ValueError(f"more than {MOST} different prompts are drawn in this run")
-    return list(found)
+def few(prompts: Prompts, config: DistilConfig) -> bool:
+    """Whether all prompts of a run can be kept encoded."""
+    sources = {"prompts": prompts, **negatives_of(config)}
+    return all(may_be_drawn(each, config, use) is not None for use, each in sources.items())
+
+
+def negatives_of(config: DistilConfig) -> dict[str, Prompts]:
+    """By what they are drawn for."""
+    return {"negative prompts": Prompts(config.negative_prompts)} if config.negative_prompts else {}
+
+
+def may_be_drawn(prompts: Prompts, config: DistilConfig, use: str) -> list[str] | None:
+    """The different prompts that a run may draw; None where they are more than MOST."""
+    if prompts.count <= MOST:
+        lines = [read_line(prompts.line(number)) for number in range(prompts.count)]
+        if sum(map(len, lines)) <= MOST:
+            return [line.prompt(number) for line in lines for number in range(len(line))]
+    if config.steps * config.samples_a_step > MOST:
+        return None
+    drawn = (_of_step(prompts, config, use, step) for step in range(config.steps))
+    return list(dict.fromkeys(prompt for each in drawn for prompt in each))
+
+
+def _of_step(prompts: Prompts, config: DistilConfig, use: str, step: int) -> list[str]:
+    return prompts.drawn(config.seed, step, config.samples_a_step, use)

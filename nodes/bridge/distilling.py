@@ -28,7 +28,7 @@ from .adapters import read_tensors
 from .against import check_hook, negatives_inside
 from .board import Address
 from .denoiser import ComfyDenoiser
-from .distil_prompts import encode_before
+from .distil_prompts import MOST, encode_before, few
 from .encodings import Encodings
 from .families import model_name
 from .files import adapter_pattern
@@ -131,9 +131,12 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
             return _distil(sockets, job, host, directory, identity, report, painters, saving, start)
 
         with published_if_stopped(run, config.steps):
-            example = _example(host, job.resolution, prompts)
-            planned = Training(teacher, None, host, Dataset([example], None), _as_training(job), run.folder, progress)
-            result = train_within_memory(planned, lambda: try_once(host, planned.dataset), trains)
+            nothing = Dataset([_example(host, job.resolution, prompts)], None)
+            asked = None if few(job.prompts, config) else MOST
+            planned = Training(
+                teacher, sockets.clip, host, nothing, _as_training(job), run.folder, progress, kept_prompts=asked
+            )
+            result = train_within_memory(planned, lambda: try_once(host, nothing), trains)
         with kept(directory):
             path = publish(directory.adapter, run.stem, finished=True)
     if cleared := clear_states(job.file_name, job.keep_checkpoints, DistilConfig):

@@ -53,30 +53,32 @@ class Training:
     config: TrainConfig
     folder: Path
     progress: TrainingProgress
+    kept_prompts: int | None = None  # how many stay encoded, the others being encoded as needed; None = all are
 
     @property
     def text_bytes(self) -> int:
-        """What text encoders that are trained take of the device, beside the model."""
-        if not self.host.text_encoders or self.clip is None:
+        """What text encoders that are trained, or asked as needed, take of the device, beside the model."""
+        if self.clip is None or (not self.host.text_encoders and self.kept_prompts is None):
             return 0
+        if not self.host.text_encoders:
+            return int(self.clip.patcher.model_size())
         prompts = activation_bytes(self.clip, self.config.gradient_checkpointing)
         return int(self.clip.patcher.model_size()) + self.config.batch_size * prompts
 
     @contextmanager
     def session(self, room: float) -> Iterator[None]:
-        """A training session; where an adapter comes on text encoders, with them, and they answer in every step."""
-        if not self.host.text_encoders or self.clip is None:
+        """A training session; with the text encoders where an adapter comes on them, or where they are asked in it."""
+        if self.clip is None or not self.text_bytes:
             with training_session(self.model, memory_required=room):
                 yield
             return
         denoiser = self.host.denoiser
         assert isinstance(denoiser, ComfyDenoiser), "comfy_host makes one"
-        logger.info("%s trained, too", describe(self.clip))
-        patcher = self.clip.patcher
-        with (
-            training_session(self.model, beside=[patcher], memory_required=room + self.text_bytes),
-            denoiser.prompts.asked_anew(),
-        ):
+        patcher, prompts = self.clip.patcher, denoiser.prompts
+        if self.host.text_encoders:
+            logger.info("%s trained, too", describe(self.clip))
+        answering = prompts.asked_anew() if self.kept_prompts is None else prompts.asked_as_needed(self.kept_prompts)
+        with training_session(self.model, beside=[patcher], memory_required=room + self.text_bytes), answering:
             yield
 
 

@@ -4,6 +4,7 @@ An encoder's answer is a tensor with any number of tokens plus a dict whose entr
 core moves rows of tensors about, so it is handed row numbers, and the answers stay here.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,24 +35,48 @@ class PromptTable:
         """``answers`` are there from the start: conditioning that a user encoded, under the captions it has."""
         self._clip, self._encodings = clip, encodings or Encodings()
         self._rows: dict[str, int] = {caption: row for row, caption in enumerate(answers)}
-        self._answers: list[dict] = list(answers.values())
+        self._prompts = list(answers)
+        self._answers: OrderedDict[int, dict] = OrderedDict(enumerate(answers.values()))
+        self._most: int | None = None  # answers that are kept; None = all
         self.lasting = True  # whether an answer is the same whenever it is asked for
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Rows (b,) for prompts, encoding the new ones."""
         for prompt in prompts:
             if prompt not in self._rows:
-                if self._clip is None:
-                    raise ValueError("there is no text encoder for it: link the CLIP that belongs to the model")
-                self._answers.append(self._encodings.recall("prompt", prompt, partial(_encode, self._clip, prompt)))
-                self._rows[prompt] = len(self._answers) - 1
+                self._keep(len(self._prompts), self._encoded(prompt))
+                self._rows[prompt] = len(self._prompts)
+                self._prompts.append(prompt)
         return {PROMPT: torch.tensor([self._rows[prompt] for prompt in prompts])}
 
     def answer(self, row: int) -> dict:
         """What the text encoder says, under the names that a model's ``extra_conds`` takes. Not to be changed."""
-        if self.lasting:
-            return self._answers[row]
-        return _ask(self._clip, self._prompts[row])
+        if not self.lasting:
+            return _ask(self._clip, self._prompts[row])
+        if row not in self._answers:
+            self._keep(row, self._encoded(self._prompts[row]))
+        self._answers.move_to_end(row)
+        return self._answers[row]
+
+    def _encoded(self, prompt: str) -> dict:
+        if self._clip is None:
+            raise ValueError("there is no text encoder for it: link the CLIP that belongs to the model")
+        return self._encodings.recall("prompt", prompt, partial(_encode, self._clip, prompt))
+
+    def _keep(self, row: int, answer: dict) -> None:
+        self._answers[row] = answer
+        while self._most is not None and len(self._answers) > self._most:
+            self._answers.popitem(last=False)
+
+    @contextmanager
+    def asked_as_needed(self, most: int) -> Iterator[None]:
+        """Inside, the text encoder is loaded, and asked whenever an answer is not among the ``most`` that are kept."""
+        before = self._clip, self._encodings, self._most
+        self._clip, self._encodings, self._most = resident(before[0]), Encodings(), most
+        try:
+            yield
+        finally:
+            self._clip, self._encodings, self._most = before
 
     @contextmanager
     def asked_anew(self) -> Iterator[None]:
@@ -63,10 +88,6 @@ class PromptTable:
                 yield
         finally:
             self._clip, self.lasting = before, True
-
-    @property
-    def _prompts(self) -> list[str]:
-        return list(self._rows)
 
 
 def conditioning_of(clip: comfy.sd.CLIP, prompt: str) -> list:

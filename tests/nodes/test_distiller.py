@@ -1,5 +1,7 @@
 """The distiller node on the embedded model: its student, its file, and what it leaves as it was."""
 
+import math
+
 import pytest
 import torch
 from training_runs import memory
@@ -34,7 +36,7 @@ def distil(embedded, folders):
     defaults = {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}
     small = {
         "prompts": PROMPTS, "steps": 4, "batch_size": 2, "rank": 4, "fake_rank": 3, "resolution": 32, "save_every": 2,
-        "learning_rate": 1e-3, "sample_steps": 2, "file_name": "mine",
+        "learning_rate": 1e-3, "sample_steps": 2, "file_name": "mine", "target_patterns": r"img_attn\.qkv",
     }  # fmt: skip
 
     def run(**changes):
@@ -50,7 +52,7 @@ def test_a_student_comes_out_and_sets_the_sampler_up(distil, embedded):
     from stylewright.nodes.bridge.students import preset_of
 
     places, before = memory(embedded.model)
-    lora, losses, path, samples = distil(sample_prompt="tree", sample_every=2)
+    lora, losses, path, samples = distil(sample_prompt="tree", sample_every=2, target_patterns="")
     assert lora.file.about.one_step == {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
     assert len(losses["loss"]) == 4 and path.endswith("mine_00001_.safetensors")
     assert samples.shape[0] == 1 and samples.shape[2] > 3 * 32  # the teacher's, and the student's after 2 and 4 steps
@@ -58,3 +60,141 @@ def test_a_student_comes_out_and_sets_the_sampler_up(distil, embedded):
     assert not student.homeless and preset_of(student.model).levels(1) == (1.0,)
     after = memory(embedded.model)
     assert after[0] == places and all(torch.equal(after[1][name], value) for name, value in before.items())
+
+
+def test_a_run_is_given_back_and_goes_on_and_is_no_trainers(distil, folders):
+    lora, losses, path, _ = distil(steps=2)
+    again, _, same, _ = distil(steps=2)
+    assert same == path and all(torch.equal(again[name], tensor) for name, tensor in lora.items())
+    longer, losses, *_ = distil(steps=4)
+    straight, *_ = distil(steps=4, resume="begin anew")
+    assert len(losses["loss"]) == 4 and all(torch.equal(longer[name], tensor) for name, tensor in straight.items())
+    from stylewright.nodes.bridge.runs import runs_of
+    from stylewright.training.loops.distil_config import DistilConfig
+
+    assert not runs_of("mine") and len(runs_of("mine", DistilConfig)) == 2
+
+
+def with_lora(model, lora, strength=1.0):
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter
+
+    return apply_adapter(model, None, lora, Strengths(strength), warn=print).model
+
+
+def effect(lora):
+    """What an adapter adds to the weight of each of its layers."""
+    layers = lora.file.layers.items()
+    found = {name: layer.tensors["B"] @ layer.tensors["A"] * layer.scale for name, layer in layers}
+    assert found and all(value.abs().max() > 0 for value in found.values())
+    return found
+
+
+@pytest.mark.parametrize("loader", ["ours", "stock"])
+def test_a_student_is_where_the_run_begins(loader, distil, embedded):
+    import comfy.sd
+
+    first, *_ = distil(ema_decay=0.0)
+    if loader == "ours":
+        student, strength = with_lora(embedded.model, first, 0.5), 0.5
+    else:
+        student, strength = comfy.sd.load_lora_for_models(embedded.model, None, dict(first), 1.0, 0.0)[0], 1.0
+    second, *_ = distil(student=student, rank=6, learning_rate=1e-12, steps=1, ema_decay=0.0, file_name="second")
+    assert second.file.about.started_from == "the linked student" and second.file.about.rank == 6
+    before, after = effect(first), effect(second)
+    assert before.keys() == after.keys()
+    for name, change in before.items():
+        assert torch.allclose(after[name], strength * change, atol=1e-7 + 1e-5 * float(change.abs().max()))
+
+
+def test_what_the_teacher_has_too_is_not_counted_twice(distil, embedded):
+    style, *_ = distil(ema_decay=0.0, file_name="style", seed=5)
+    first, *_ = distil(ema_decay=0.0)
+    teacher = with_lora(embedded.model, style)
+    short = {"rank": 4, "learning_rate": 1e-12, "steps": 1, "ema_decay": 0.0}
+    second, *_ = distil(teacher=teacher, student=with_lora(teacher, first), file_name="second", **short)
+    before, after = effect(first), effect(second)
+    assert all(torch.allclose(after[name], change, atol=1e-6) for name, change in before.items())
+
+
+def test_prompts_that_are_too_many_to_keep_give_the_same_student(distil, monkeypatch):
+    from stylewright.nodes.bridge import distil_prompts, distilling
+
+    lora, *_ = distil(negatives="circle\nheart")
+    for module in (distil_prompts, distilling):
+        monkeypatch.setattr(module, "MOST", 2)
+    asked, *_ = distil(negatives="circle\nheart", resume="begin anew")
+    assert all(torch.equal(asked[name], tensor) for name, tensor in lora.items())
+
+
+def test_prompts_of_a_file(distil, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "mine.txt").write_text("tree\n# a remark\n{star|house}\n")
+    lora, *_ = distil(prompts="", prompt_file="mine.txt")
+    assert lora.file.about.steps == 4
+    for name in ("nothing.txt", "../secret.txt", str(tmp_path / "output")):
+        with pytest.raises(ValueError, match="no file"):
+            distil(prompts="", prompt_file=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": " \n# nothing\n"}, "no prompts"),
+        ({"prompts": "{star"}, "brace"),
+        ({"prompts": "unheard"}, "unheard"),
+        ({"negatives": "unheard"}, "unheard"),
+        ({"resolution": 40}, "resolution is 40"),
+        ({"time": 0.0}, "time"),
+        ({"lowest_time": 0.9, "highest_time": 0.5}, "lowest"),
+        ({"guidance_low": 5.0}, "low <= high"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"sample_prompt": "tree", "vae": None}, "VAE"),
+        ({"file_name": "../mine"}, "inside models/loras"),
+        ({"target_patterns": "no_such_layer"}, "no_such_layer"),
+        ({"convention": "cfg"}, "pg-sb"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_done(changes, words, distil, folders):
+    with pytest.raises(ValueError, match=words):
+        distil(**changes)
+    assert not list(folders[0].iterdir()) and not [path for path in folders[1].glob("*") if path.is_dir()]
+
+
+def test_a_student_that_is_none_is_refused(distil, embedded, tiny):
+    from stylewright.nodes.bridge.embedded import load_embedded
+
+    with pytest.raises(ValueError, match="the very model that the teacher is"):
+        distil(student=embedded.model)
+    with pytest.raises(ValueError, match="SD15 and the teacher"):
+        distil(student=tiny("sd15"))
+    with torch.inference_mode():
+        other = load_embedded()  # of the shipped weights
+    with pytest.raises(ValueError, match="other weights than the teacher"):
+        distil(student=other.model)
+    model, key = embedded.model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    model.add_patches({key: ("diff", (torch.ones(3 * 128, 128),))})
+    with pytest.raises(ValueError, match=r"'diff' on diffusion_model.double_blocks.0"):
+        distil(student=model)
+
+
+def test_a_family_without_a_hook_for_negative_prompts_is_refused(distil, monkeypatch):
+    from stylewright.nodes.bridge.negative import Unsupported
+    from stylewright.nodes.bridge.negative.apply import ATTACH
+
+    monkeypatch.setitem(ATTACH, "Flux", None)
+    with pytest.raises(Unsupported, match="no hook"):
+        distil(negatives="circle")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(distil, embedded, monkeypatch):
+    from stylewright.training.errors import NonFiniteLoss
+    from stylewright.training.loops import score_passes
+
+    loss = score_passes.student_loss
+    monkeypatch.setattr(score_passes, "student_loss", lambda *args: loss(*args) * math.nan)
+    with pytest.raises(NonFiniteLoss, match="step 1"):
+        distil()

@@ -76,10 +76,11 @@ class Prompts:
         """``count`` prompts, which are a function of seed, step and what they are drawn for."""
         draw = generator(seed, use, step)
         picks = torch.randint(self.count, (count,), generator=draw).tolist()
-        lines = [read_line(self._line(pick)) for pick in picks]
+        lines = [read_line(self.line(pick)) for pick in picks]
         return [line.prompt(int(torch.randint(len(line), (), generator=draw))) for line in lines]
 
-    def _line(self, number: int) -> str:
+    def line(self, number: int) -> str:
+        """One of them, counted from 0: the file's come last."""
         if self.file is None or number < len(self.lines):
             return self.lines[number]
         line = self.file[number - len(self.lines)]
