@@ -3,14 +3,15 @@
 A saved node has its links under ``inputs`` and the values of its widgets in a list, in the order of the schema. A
 prompt has both by name. What the front end knows beyond the schema is written down here: which inputs are widgets,
 and that a seed's widget may be followed by one that says how it changes. A dynamic combo is a widget with further ones
-behind it, which depend on its value and are called ``combo.widget``.
+behind it, which depend on its value and are called ``combo.widget``. An input that grows has sockets called
+``input.name0`` and so on, one more than are linked; what is linked to them, and what comes out, may be of any type.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+DYNAMIC, GROWING, OF_ANY_TYPE = "COMFY_DYNAMICCOMBO_V3", "COMFY_AUTOGROW_V3", "COMFY_MATCHTYPE_V3"
 AFTER_SEED = {"fixed", "increment", "decrement", "randomize"}
 FRONT_END_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 NEVER, BYPASS = 2, 4  # modes of a node
@@ -50,6 +51,11 @@ def inputs_for(node: dict, schema: dict) -> list[Input]:
     found, values = [], list(node.get("widgets_values") or [])
     for spec in inputs_of(schema):
         place = sum(each.is_widget for each in found)
+        if spec.kind == GROWING:
+            template = spec.options["template"]
+            names = [f"{spec.name}.{template['prefix']}{number}" for number in range(template["max"])]
+            found += [Input(name, "*", {}, None, number < template["min"]) for number, name in enumerate(names)]
+            continue
         if spec.kind != DYNAMIC:
             found.append(spec)
             continue
@@ -105,7 +111,8 @@ def _node_problems(node: dict, schema: dict) -> list[str]:
     linked = {each["name"] for each in node.get("inputs", []) if each.get("link") is not None}
     found = [f"{name}: no input {each['name']}" for each in node.get("inputs", []) if each["name"] not in specs]
     outputs = [each["type"] for each in node.get("outputs", [])]
-    if outputs != schema["output"][: len(outputs)]:  # a node may have gained some since
+    wanted = schema["output"][: len(outputs)]  # a node may have gained some since
+    if len(outputs) != len(wanted) or any(b not in (a, OF_ANY_TYPE) for a, b in zip(outputs, wanted, strict=True)):
         found.append(f"{name}: outputs {outputs}, the schema has {schema['output']}")
     try:
         values = widget_values(node, schema)
@@ -170,7 +177,7 @@ def _link_problems(link: Link, nodes: dict, object_info: dict) -> list[str]:
     origin, target = nodes[link.origin], nodes[link.target]
     if origin["type"] not in object_info or target["type"] not in object_info:
         return []
-    given = object_info[origin["type"]]["output"][link.slot]
+    given = origin["outputs"][link.slot]["type"]
     name = target["inputs"][link.input]["name"]
     found = []
     if target["inputs"][link.input]["link"] != link.id:
