@@ -106,10 +106,17 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
         return
     from ..adapters.attach import attached_to_parts, parts_named
     from ..formats.adapters import load_adapter
-    from ..formats.contents import read_adapter
+    from ..formats.contents import read_about, read_adapter
     from ..formats.keys import TEXT_ENCODER
+    from ..formats.whole import METHOD
     from ..hosts.text import with_text_encoders
+    from ..hosts.whole import with_weights
 
+    about = read_about(adapter)
+    if about is not None and about.method == METHOD:
+        with with_weights(host.denoiser, adapter, about):
+            yield host, about.style_phrase, None
+        return
     file, family = read_adapter(adapter), host.denoiser.family
     if file.family != family:
         raise ValueError(f"{adapter} is an adapter for {file.family or 'an unknown family'}, and the model is {family}")
@@ -126,10 +133,10 @@ def level_of(adapter: Path | None, host: "Host") -> "Tensor | None":
     """The log_snr (1,) at which the student in this file is called; None where it is none."""
     import torch
 
-    from ..formats.contents import read_outline
+    from ..formats.contents import read_about
     from ..noise import log_snr_of_time
 
-    about = read_outline(adapter).about if adapter else None
+    about = read_about(adapter) if adapter else None
     if about is None or not about.one_step:
         return None
     level = torch.tensor([float(about.one_step["level"])])

@@ -19,10 +19,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write the one-step student whose weights are between those of two, as SwiftBrush v2 does."""
-    from ..formats.merging import merge_adapters
+    from ..formats.merging import merge_students
     from ..formats.resizing import Cut
 
-    merged = merge_adapters(first, second, target, weight, None if rank is None else Cut(value=rank))
-    ranks = {name: layer.rank for name, layer in merged.layers.items()}
-    said = f"wrote {target}: {weight:g} of {first} and {1 - weight:g} of {second}"
-    show({"file": target, "ranks": ranks}, [said], as_json)
+    made = merge_students(first, second, target, weight, None if rank is None else Cut(value=rank))
+    said = f"wrote {target}, {made}: {weight:g} of {first} and {1 - weight:g} of {second}"
+    show({"file": target, "made": made}, [said], as_json)

@@ -12,26 +12,49 @@ from typing import Any
 
 import torch
 
-from .contents import AdapterFile, read_adapter
+from .contents import AdapterFile, read_about, read_adapter
 from .layers import Layer
 from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
 from .resizing import Cut, as_lora, require_finite, resize_layers, rewritten, write_file
+from .whole import METHOD, is_whole, load_whole, save_whole
 
 ALIKE = ("family", "process", "prediction")  # of two students, and how they are called
 
 
-def merge_adapters(first: Path, second: Path, target: Path, weight: float, cut: Cut | None = None) -> AdapterFile:
-    """Writes the student between two: ``weight`` of the first's change and the rest of the second's.
+def merge_students(first: Path, second: Path, target: Path, weight: float, cut: Cut | None = None) -> str:
+    """Writes the student between two, ``weight`` of the first and the rest of the second, and says how large it is.
 
-    ``cut``: lower ranks, for the sum of both would be exact, and twice as large. ValueError for files that are no
-    students, or that are of different kinds or called differently.
+    ``cut``: lower ranks, for of adapters the sum of both would be exact, and as large as both. ValueError, and nothing
+    written, for files that are no students, or that are of different kinds or called differently.
     """
+    whole = [is_whole(path) for path in (first, second)]
+    if all(whole):
+        if cut is not None:
+            raise ValueError("Got a rank for two students with all of their weights: expected none.")
+        return f"{_merge_whole(first, second, target, weight)} tensors, all weights"
+    if any(whole):
+        raise ValueError(f"only one of {first.name} and {second.name} is an adapter: expected two, or none")
     merged = merged_files(read_adapter(first), read_adapter(second), weight)
     if cut is not None:
         small = resize_layers(merged.layers, cut)
         merged = rewritten(merged, small.layers, {"resized": f"by {cut.by} {cut.value:g}: {small.summary()}"})
     write_file(target, merged)
-    return merged
+    ranks = sorted({layer.rank or 0 for layer in merged.layers.values()})
+    return f"{len(merged.layers)} layers of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
+
+
+@torch.no_grad()
+def _merge_whole(first: Path, second: Path, target: Path, weight: float) -> int:
+    """Of two students with all weights, tensor by tensor. How many."""
+    require_weight(weight)
+    about = merged_about(read_about(first), read_about(second), first.name, second.name)
+    one, other = load_whole(first), load_whole(second)
+    for name in one.keys() | other.keys():
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            raise ValueError(f"{name} is not of one size in {first.name} and {second.name}: expected one model")
+    between = {name: torch.lerp(other[name].float(), one[name].float(), weight).to(one[name].dtype) for name in one}
+    save_whole(target, between, replace(about, method=METHOD))
+    return len(between)
 
 
 def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> AdapterFile:

@@ -30,6 +30,7 @@ from ..formats.adapters import save_adapter
 from ..formats.metadata import AdapterMetadata, build_metadata
 from ..formats.state import load_state, remove_unfinished, save_state, write_atomically
 from ..formats.styles import Weights
+from ..formats.whole import save_whole
 from ..processes import Processes
 from .config import RunConfig, TrainConfig, config_from_table
 from .samples import save_samples
@@ -147,6 +148,11 @@ class RunDirectory:
         """Writes the adapter's file. ``weights`` gives a layer's frozen weight, which some methods' files need."""
         with self._disk_errors(self.adapter):
             save_adapter(self.adapter, state, build_metadata(about), weights=weights)
+
+    def save_whole(self, state: Mapping[str, Tensor], about: AdapterMetadata) -> None:
+        """Writes a network's file where an adapter's would be."""
+        with self._disk_errors(self.adapter):
+            save_whole(self.adapter, state, about)
 
     def save_images(self, step: int, images: Tensor, prompts: Sequence[str] = ()) -> None:
         """Writes pictures (b, 3, h, w) in [0, 1] as PNG, which name their prompts."""

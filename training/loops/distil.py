@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.stand_in import base_weight
+from ..adapters.attach import Adapter
 from ..data.prompts import Encode, Prompts
 from ..denoiser import Conditioning, TimedDenoiser
 from ..formats.keys import UNET_LAYERS
-from ..formats.metadata import AdapterMetadata
 from ..formats.starting import Start
-from ..one_step_presets import one_step_of
 from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, opened_by_one
 from .distil_config import DistilConfig
@@ -32,11 +30,12 @@ from .learner import Learner
 from .likeness import Likeness
 from .meter import Meter
 from .networks import FAKE, Against, Worn, in_three_roles
+from .pupil import about_student, identity_of_run, subject_of_student
 from .recorder import Recorder
 from .saving import ALL, Saving
 from .score_draws import Draws, Texts
 from .share import require_alike, share_of
-from .subject import Subject, kind_of, with_weights_at_hand
+from .subject import with_weights_at_hand
 from .tables import to_table
 
 
@@ -44,7 +43,8 @@ from .tables import to_table
 class DistilResult:
     """What a finished run gives back."""
 
-    adapter_state: dict[str, Tensor]  # of the student: peft's names, float32 on the CPU, averaged where it is
+    # Of the student, on the CPU in float32, averaged where it is: peft's names, or where all of it learns its own.
+    adapter_state: dict[str, Tensor]
     history: list[Event]
     losses: list[float]  # the student's mean of each step
     steps_done: int
@@ -83,9 +83,13 @@ def distil(
     require_alike(to_table(config), processes)
     if config.clip_weight and likeness is None:
         raise ValueError(f"Got clip_weight={config.clip_weight} and nothing that compares pictures with texts.")
+    if config.full and processes.sharded:
+        raise ValueError("Got full for a model in parts (FSDP2): expected an adapter, or whole models on each process.")
     device, share = torch.device(device), share_of(config, processes)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
+        if run is not None and config.full:
+            run.adapter = run.path / "student.safetensors"
         with processes.together():
             texts = Texts(encode, conditioning or {}, device)
             draws = Draws(config, latent_size, denoiser.clock, texts)
@@ -96,19 +100,24 @@ def distil(
         )
         student = networks.student
         saving = saving or Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
-        stack.enter_context(saving.applied(denoiser.module, device))
+        for network in {networks.denoiser.module, networks.judge.module}:
+            stack.enter_context(saving.applied(network, device))
         taught = Learner(networks.fake, config.fake_rates)
         learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
-        about = replace(_about(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution)
         begun, counts = start or worn, likeness if config.clip_weight else None
-        about = replace(about, style_phrase=prompts.style_phrase, started_from=begun.name if begun else "")
-        subject = Subject(
-            identity={**_identity(denoiser, prompts, start, worn, counts), **(identity or {})},
-            about=about,
-            weights=lambda name: base_weight(student.layer(name)),
+        about = replace(
+            about_student(denoiser, config),
+            base_model=base_model,
+            unet_layers=unet_layers,
+            resolution=resolution,
+            style_phrase=prompts.style_phrase,
+            started_from=begun.name if begun else "",
         )
+        known = {**identity_of_run(denoiser, prompts, start, worn, counts), **(identity or {})}
+        subject = subject_of_student(networks, known, about)
         require_alike(subject.identity, processes)
-        subject = with_weights_at_hand(subject, student, processes)
+        if isinstance(student, Adapter):
+            subject = with_weights_at_hand(subject, student, processes)
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
         stack.enter_context(recorder.saving_on_exceptions())
         recorder.catch_up(sample)
@@ -130,32 +139,3 @@ def distil(
             recorder.observe(report, sample)
         path = run.adapter if run else None
         return DistilResult(learner.result(), recorder.history, learner.losses, learner.step, path)
-
-
-def _identity(
-    denoiser: TimedDenoiser, prompts: Prompts, start: Start | None, worn: Worn | None, likeness: Likeness | None
-) -> dict[str, Any]:
-    """What tells a run from another with the same options."""
-    found: dict[str, Any] = {"model": kind_of(denoiser), "prompts": prompts.fingerprint()}
-    found |= {} if start is None else {"start": start.digest}
-    found |= {} if worn is None else {"teacher": worn.digest}
-    return found | ({} if likeness is None else {"likeness": likeness.features.name})
-
-
-def _about(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetadata:
-    adapter = config.adapter
-    return AdapterMetadata(
-        family=denoiser.family,
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=(adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets,
-        process=denoiser.process,
-        prediction=denoiser.prediction,
-        seed=config.seed,
-        learning_rate=config.learning_rate,
-        optimizer=config.optimizer,
-        title="One-step student",
-        training=to_table(config),
-        one_step=one_step_of(denoiser.clock, denoiser.prediction, config.time),
-    )

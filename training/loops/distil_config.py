@@ -37,6 +37,7 @@ class DistilConfig:
     steps: int = 40_000  # of the student
     batch_size: int = 16  # samples at once
     accumulation: int = 1  # batches to an update, of either network
+    full: bool = False  # all weights of the student learn, on a second copy of the network, and no adapter
     learning_rate: float = 1e-4  # of a student that is an adapter; the papers' 1e-6 is for all of its weights
     fake_learning_rate: float = 1e-3
     fake_updates: int = 1  # of the fake network to one of the student; 5 and 10 in DMD2

@@ -1,4 +1,4 @@
-"""The adapter and everything that moves it: what has to survive an interruption."""
+"""An adapter, or what else learns, and everything that moves it: what has to survive an interruption."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..adapters.attach import Adapter
 from ..formats.keys import TEXT_ENCODER
 from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, Group, build_schedule
 
@@ -34,6 +33,17 @@ class Learning(Protocol):
     def warm_up(self) -> int: ...
     @property
     def ema_decay(self) -> float: ...
+
+
+class Trained(Protocol):
+    """What learns: an adapter, or all weights of a network."""
+
+    routing: Any
+
+    def parameters(self) -> list[nn.Parameter]: ...
+    def parameters_under(self, prefix: str) -> list[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class Average:
@@ -63,7 +73,7 @@ class Average:
             tensor.copy_(saved)
 
 
-def _groups(adapter: Adapter, text_rate: float) -> list[Group]:
+def _groups(adapter: Trained, text_rate: float) -> list[Group]:
     """The network's parameters at the learning rate of the run, and a text encoder's at their own."""
     text = adapter.parameters_under(TEXT_ENCODER)
     known = set(map(id, text))
@@ -72,13 +82,13 @@ def _groups(adapter: Adapter, text_rate: float) -> list[Group]:
 
 
 class Learner:
-    """One adapter, its optimiser and schedule, the average of its weights, and how far it has come.
+    """What learns, its optimiser and schedule, the average of its weights, and how far it has come.
 
     ``beside``: learners that are saved and continued with it, by name.
     """
 
     def __init__(
-        self, adapter: Adapter, config: Learning, beside: Mapping[str, "Learner"] = MappingProxyType({})
+        self, adapter: Trained, config: Learning, beside: Mapping[str, "Learner"] = MappingProxyType({})
     ) -> None:
         self.adapter, self.beside = adapter, beside
         self.parameters: list[nn.Parameter] = list(adapter.parameters())

@@ -1,21 +1,25 @@
 """The networks of score distillation: one frozen network in three roles.
 
 Student and fake are adapters on it, and the teacher is the network itself, or wears an adapter too: a style. Then the
-other two begin as the teacher, with the style as theirs, so that a student is one file for the plain network.
+other two begin as the teacher, with the style as theirs, so that a student is one file for the plain network. A student
+may be all of the network's weights instead; then there are two networks, and teacher and fake are on a frozen copy.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from ..adapters.attach import Adapter, attached_together, switched_to
+from ..adapters.attach import Adapter, attached, attached_together, switched_to
 from ..adapters.methods import AdapterConfig
+from ..adapters.whole import Whole, merge_into, trained_whole
 from ..attention_guidance import AttentionGuidance
-from ..denoiser import Conditioning, Denoiser
+from ..denoiser import Conditioning, Denoiser, TimedDenoiser
 from ..formats.adapters import LoadedAdapter
 from ..formats.starting import Start, start_of
 from .distil_config import DistilConfig
@@ -36,6 +40,12 @@ class Worn:
     loaded: LoadedAdapter
 
     @property
+    def config(self) -> AdapterConfig:
+        """Of exactly its layers."""
+        layers = tuple(rf"\A{re.escape(name)}" for name in self.loaded.names)
+        return replace(self.loaded.config, targets=layers)
+
+    @property
     def digest(self) -> str:
         """Tells one from another."""
         return Start(self.name, self.loaded.state, self.loaded.names, "").digest
@@ -47,8 +57,9 @@ class Worn:
 
 @dataclass(frozen=True)
 class Networks:
-    denoiser: Denoiser
-    student: Adapter
+    denoiser: Denoiser  # of the student
+    judge: Denoiser  # of teacher and fake: the same one, or where all weights of the student learn, a frozen copy
+    student: Adapter | Whole
     fake: Adapter
     teacher: Adapter | None = None  # None = the network without any
     precision: str = "float32"
@@ -56,17 +67,17 @@ class Networks:
     device: str = "cpu"  # type of the one that computes
 
     @contextmanager
-    def acting_as(self, adapter: Adapter | None) -> Iterator[Denoiser]:
-        """Inside, the network is the student, the fake or the teacher."""
+    def acting_as(self, role: Adapter | Whole | None) -> Iterator[Denoiser]:
+        """The network as the student, the fake or the teacher, of whose roles this is the adapter."""
         bfloat16 = torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
-        every = [each for each in (self.student, self.fake, self.teacher) if each is not None]
-        with switched_to(adapter, every), bfloat16:
-            yield self.denoiser
+        every = [each for each in (self.student, self.fake, self.teacher) if isinstance(each, Adapter)]
+        with switched_to(role if isinstance(role, Adapter) else None, every), bfloat16:
+            yield self.denoiser if role is self.student else self.judge
 
 
 @contextmanager
 def in_three_roles(
-    denoiser: Denoiser,
+    denoiser: TimedDenoiser,
     config: DistilConfig,
     *,
     worn: Worn | None,
@@ -78,19 +89,45 @@ def in_three_roles(
 
     ValueError for a worn adapter that student and fake cannot begin with.
     """
+    judge, whole, family = denoiser, None, denoiser.family
     configs, starts = {STUDENT: config.adapter, FAKE: config.fake}, {STUDENT: start}
     if worn is not None:
         starts = {role: starts.get(role) or worn.start(each) for role, each in configs.items()}
-        layers = tuple(rf"\A{re.escape(name)}" for name in worn.loaded.names)
-        configs[TEACHER] = replace(worn.loaded.config, targets=layers)
-    with attached_together(
-        denoiser.module, configs, family=denoiser.family, seed=config.seed, device=device
-    ) as adapters:
+        configs[TEACHER] = worn.config
+    with ExitStack() as stack:
+        if config.full:
+            whole, frozen = stack.enter_context(trained_whole(denoiser.module))
+            judge = copy.copy(denoiser)
+            judge.module = frozen
+            _begin_whole(denoiser.module, worn, start, config, family)
+            del configs[STUDENT]
+            starts.pop(STUDENT)
+        adapters = stack.enter_context(
+            attached_together(judge.module, configs, family=family, seed=config.seed, device=device)
+        )
         if worn is not None:
             adapters[TEACHER].load_state_dict(worn.loaded.state)
         for role, given in starts.items():
             if given is not None:
                 adapters[role].load_state_dict(given.joined(adapters[role].state_dict()))
                 logger.info("the %s %s", role, given.said)
-        student, fake, teacher = adapters[STUDENT], adapters[FAKE], adapters.get(TEACHER)
-        yield Networks(denoiser, student, fake, teacher, config.precision, against, device.type)
+        yield Networks(
+            denoiser=denoiser,
+            judge=judge,
+            student=whole or adapters[STUDENT],
+            fake=adapters[FAKE],
+            teacher=adapters.get(TEACHER),
+            precision=config.precision,
+            against=against,
+            device=device.type,
+        )
+
+
+def _begin_whole(module: nn.Module, worn: Worn | None, start: Start | None, config: DistilConfig, family: str) -> None:
+    """Gives a student of its own weights what it begins with."""
+    if start is not None:
+        with attached(module, config.adapter, family=family, seed=config.seed) as fresh:
+            state = start.joined(fresh.state_dict())
+        merge_into(module, state, config.adapter, family, start.name)
+    elif worn is not None:
+        merge_into(module, worn.loaded.state, worn.config, family, worn.name)

@@ -150,7 +150,10 @@ class Recorder:
         learner = self._learner
         if self._run:
             about = replace(self._subject.about, steps=learner.step, routing=self._routing())
-            self._run.save_adapter(learner.result(), about, self._subject.weights)
+            if (whole := self._subject.whole) is None:
+                self._run.save_adapter(learner.result(), about, self._subject.weights)
+            else:
+                self._run.save_whole(whole.as_stored(learner.result()), about)
 
     def _routing(self) -> dict[str, Any]:
         """What the routers do, where there are any, in the last steps of this process."""

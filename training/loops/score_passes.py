@@ -42,19 +42,19 @@ def pictures(networks: Networks, noise: Tensor, log_snr: Tensor, judged: Judged)
 @torch.no_grad()
 def gradient(networks: Networks, x0: Tensor, judged: Judged, convention: str) -> tuple[Tensor, Tensor]:
     """g (b, c, h, w) of the student's pictures, and the mean distance between what teacher and fake see, ()."""
-    denoiser = networks.denoiser
-    x_t = add_noise(denoiser.process, x0, judged.eps, judged.log_snr)
+    judge = networks.judge
+    x_t = add_noise(judge.process, x0, judged.eps, judged.log_snr)
     with networks.acting_as(networks.teacher):
-        real = _guided(denoiser, x_t, judged, judged.away)
+        real = _guided(judge, x_t, judged, judged.away)
     with networks.acting_as(networks.fake):
         if convention == DMD:
-            fake = answer_of(denoiser, judged.conditioning)(x_t, judged.log_snr)
+            fake = answer_of(judge, judged.conditioning)(x_t, judged.log_snr)
         else:
-            fake = _guided(denoiser, x_t, judged, judged.null)  # never the negative prompts: NASA-T, table 5
+            fake = _guided(judge, x_t, judged, judged.null)  # never the negative prompts: NASA-T, table 5
     apart = (real - fake).abs().mean()
     if convention == DMD:
         return dmd_gradient(x0, real, fake), apart
-    return vsd_gradient(real, fake, denoiser.prediction, denoiser.process, judged.log_snr), apart
+    return vsd_gradient(real, fake, judge.prediction, judge.process, judged.log_snr), apart
 
 
 def _guided(denoiser: Denoiser, x_t: Tensor, judged: Judged, away: Conditioning) -> Tensor:
@@ -73,11 +73,11 @@ def learn_student(x0: Tensor, g: Tensor, others: Tensor | None = None) -> Tensor
 
 def learn_fake(networks: Networks, x0: Tensor, eps: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
     """Adds the gradient of the fake's part: noise in the student's pictures, which it must tell apart. Losses (b,)."""
-    denoiser, x0 = networks.denoiser, x0.detach()
-    x_t = add_noise(denoiser.process, x0, eps, log_snr)
-    wanted = target(denoiser.prediction, denoiser.process, x0, eps, log_snr)
+    judge, x0 = networks.judge, x0.detach()
+    x_t = add_noise(judge.process, x0, eps, log_snr)
+    wanted = target(judge.prediction, judge.process, x0, eps, log_snr)
     with networks.acting_as(networks.fake):
-        losses = mse(denoiser(x_t, log_snr, conditioning), wanted)
-        losses = losses * fake_weight(denoiser.prediction, denoiser.process, log_snr)
+        losses = mse(judge(x_t, log_snr, conditioning), wanted)
+        losses = losses * fake_weight(judge.prediction, judge.process, log_snr)
         losses.mean().backward()
     return losses

@@ -11,6 +11,7 @@ from ..adapters.attach import Adapter, Part
 from ..adapters.methods import READS_WEIGHTS
 from ..adapters.stand_in import base_weight
 from ..adapters.targets import TEXT_TARGETS
+from ..adapters.whole import Whole
 from ..data.dataset import Dataset
 from ..denoiser import Denoiser
 from ..densities import Density
@@ -26,6 +27,7 @@ class Subject:
     identity: Mapping[str, Any]  # besides the configuration; a run continues only where it is the same
     about: AdapterMetadata  # but for the steps
     weights: Weights  # of the frozen layers under an adapter, by name
+    whole: Whole | None = None  # where all weights learn
 
 
 def parts_of(

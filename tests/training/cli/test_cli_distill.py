@@ -121,3 +121,11 @@ def test_a_style_becomes_a_one_step_style_in_one_file(workplace, capsys):
     assert printed(capsys, *SMALL, *longer)["steps"] == 1
     said = refused(capsys, *SMALL, "--steps", "1", "--out", "other", "--teacher-adapter", result["student"])
     assert "is a one-step student, and no teacher" in said and not (workplace / "other").exists()
+
+
+def test_all_weights_learn_and_are_drawn_with(workplace, capsys):
+    result = printed(capsys, *SMALL, "--steps", "1", "--full", "--learning-rate", "1e-3")
+    assert result["student"].endswith("student.safetensors")
+    drawing = ["generate", "--prompt", "star", "--size", "32x32", "--adapter", result["student"]]
+    assert len(printed(capsys, *drawing)["pictures"]) == 1
+    assert "never guided" in refused(capsys, *drawing, "--guidance", "3")

@@ -7,9 +7,10 @@ import torch
 
 from stylewright.training.formats.adapters import load_adapter, save_adapter
 from stylewright.training.formats.contents import read_adapter
-from stylewright.training.formats.merging import merge_adapters
+from stylewright.training.formats.merging import merge_students
 from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
 from stylewright.training.formats.resizing import Cut
+from stylewright.training.formats.whole import METHOD, is_whole, load_whole, save_whole
 
 ONE_STEP = {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
 ABOUT = AdapterMetadata(
@@ -44,7 +45,7 @@ def deltas(path):
 def test_every_layers_change_is_between_both(weight, style, tmp_path):
     one = student(tmp_path / "a.safetensors", style=style)
     two = student(tmp_path / "b.safetensors", rank=3, seed=1, alpha=1.5, names=[*NAMES, SINGLE], style=style)
-    merge_adapters(one, two, tmp_path / "m.safetensors", weight)
+    merge_students(one, two, tmp_path / "m.safetensors", weight)
     a, b, merged = (deltas(tmp_path / f"{name}.safetensors") for name in "abm")
     assert merged.keys() == (a.keys() if weight == 1 else b.keys())
     for name, found in merged.items():
@@ -55,7 +56,7 @@ def test_every_layers_change_is_between_both(weight, style, tmp_path):
 def test_the_file_is_a_student_and_says_what_it_is_of(tmp_path):
     one = student(tmp_path / "a.safetensors", steps=10)
     two = student(tmp_path / "b.safetensors", seed=1, style_phrase="oil", steps=20)
-    merge_adapters(one, two, tmp_path / "m.safetensors", 0.3)
+    merge_students(one, two, tmp_path / "m.safetensors", 0.3)
     file = read_adapter(tmp_path / "m.safetensors")
     assert file.about.one_step == ONE_STEP and (file.about.process, file.about.prediction) == ("flow", "flow")
     assert file.header["stylewright.merged"] == "0.3 of a.safetensors and 0.7 of b.safetensors"
@@ -65,8 +66,8 @@ def test_the_file_is_a_student_and_says_what_it_is_of(tmp_path):
 
 def test_a_lower_rank_afterwards_is_the_best_of_it(tmp_path):
     one, two = (student(tmp_path / f"{n}.safetensors", seed=n, names=[SINGLE]) for n in range(2))
-    merge_adapters(one, two, tmp_path / "m.safetensors", 0.5)
-    merge_adapters(one, two, tmp_path / "s.safetensors", 0.5, Cut(value=2))
+    merge_students(one, two, tmp_path / "m.safetensors", 0.5)
+    merge_students(one, two, tmp_path / "s.safetensors", 0.5, Cut(value=2))
     whole, small = (deltas(tmp_path / f"{name}.safetensors")[SINGLE] for name in "ms")
     left, values, right = torch.linalg.svd(whole)
     torch.testing.assert_close(small, (left[:, :2] * values[:2]) @ right[:2], atol=1e-5, rtol=1e-5)
@@ -91,7 +92,7 @@ def test_students_that_cannot_be_merged_are_told_apart_and_nothing_is_written(ch
     names = [name.replace("to_q", "add_q_proj") for name in NAMES[:1]] if changes.get("family") else NAMES
     two = student(tmp_path / "b.safetensors", names=names, **changes)
     with pytest.raises(ValueError, match=words):
-        merge_adapters(one, two, tmp_path / "m.safetensors", 0.5)
+        merge_students(one, two, tmp_path / "m.safetensors", 0.5)
     assert not (tmp_path / "m.safetensors").exists()
 
 
@@ -99,4 +100,34 @@ def test_students_that_cannot_be_merged_are_told_apart_and_nothing_is_written(ch
 def test_weights_beyond_both_are_refused(weight, tmp_path):
     one = student(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="from 0 to 1"):
-        merge_adapters(one, one, tmp_path / "m.safetensors", weight)
+        merge_students(one, one, tmp_path / "m.safetensors", weight)
+
+
+def whole(path, *, seed=0, **changes):
+    draw = torch.Generator().manual_seed(seed)
+    state = {"a.weight": torch.randn(3, 4, generator=draw), "a.bias": torch.randn(3, generator=draw).bfloat16()}
+    save_whole(path, state, replace(ABOUT, method=METHOD, rank=1, alpha=None, **changes))
+    return path
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_all_weights_are_between_those_of_both(weight, tmp_path):
+    one, two = (whole(tmp_path / f"{n}.safetensors", seed=n) for n in range(2))
+    merge_students(one, two, tmp_path / "m.safetensors", weight)
+    a, b, merged = load_whole(one), load_whole(two), load_whole(tmp_path / "m.safetensors")
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, (weight * a[name].float() + (1 - weight) * b[name].float()).to(tensor.dtype))
+    if weight in (0.0, 1.0):
+        assert all(torch.equal(tensor, (a if weight else b)[name]) for name, tensor in merged.items())
+    assert is_whole(tmp_path / "m.safetensors")
+
+
+def test_all_weights_and_adapters_are_not_mixed_and_ranks_are_of_adapters(tmp_path):
+    one, two, adapter = whole(tmp_path / "a.safetensors"), whole(tmp_path / "b.safetensors"), tmp_path / "c.safetensors"
+    student(adapter)
+    for files, cut, words in (((one, adapter), None, "only one"), ((one, two), Cut(value=2), "expected none")):
+        with pytest.raises(ValueError, match=words):
+            merge_students(*files, tmp_path / "m.safetensors", 0.5, cut)
+    with pytest.raises(ValueError, match="student's level"):
+        late = whole(tmp_path / "d.safetensors", one_step={**ONE_STEP, "level": 0.4})
+        merge_students(one, late, tmp_path / "m.safetensors", 0.5)

@@ -1,13 +1,16 @@
-"""A teacher that wears a style: the student's file alone, on the plain network, then has it."""
+"""Students that are more than an adapter on their teacher: with its style in their file, or with all weights."""
 
 import pytest
 import torch
 
 from stylewright.training.adapters.attach import attached_together
 from stylewright.training.adapters.methods import AdapterConfig
+from stylewright.training.adapters.whole import trained_whole
 from stylewright.training.data.prompts import Prompts
 from stylewright.training.errors import IncompatibleCheckpoint
 from stylewright.training.formats.adapters import LoadedAdapter, load_adapter
+from stylewright.training.formats.contents import read_about
+from stylewright.training.formats.whole import is_whole, load_whole
 from stylewright.training.loops.networks import Worn, in_three_roles
 
 from .conftest import CHANNELS, HEIGHT, WIDTH
@@ -27,6 +30,17 @@ def style(method="lora", rank=RANK):
     state = {name: 0.5 * torch.randn(tensor.shape, generator=source) for name, tensor in state.items()}
     names = tuple(name.removesuffix(".lora_A.weight") for name in state if name.endswith("lora_A.weight"))
     return Worn("ink.safetensors", LoadedAdapter(state, names, "native", "toy", method, rank, 4.0, None))
+
+
+def run_full(folder=None, **changes):
+    return run(folder, full=True, **{"learning_rate": 1e-2, **changes})
+
+
+def with_its_weights(path):
+    """The toy with what is in a student's file."""
+    model = Timed()
+    model.module.load_state_dict(load_whole(path))
+    return model
 
 
 def answers(model, state, config):
@@ -97,3 +111,75 @@ def test_a_style_that_the_student_cannot_begin_with_is_named():
         run(worn=style(), adapter=AdapterConfig(rank=2, targets=("outer",)))
     with pytest.raises(ValueError, match="is a dora adapter, and this run trains lora"):
         run(worn=style("dora"))
+
+
+def test_all_weights_learn_and_the_model_is_afterwards_what_it_was():
+    model = Timed()
+    before = {name: (value, value.clone()) for name, value in model.module.state_dict(keep_vars=True).items()}
+    result = run(on=model, full=True, learning_rate=1e-2)
+    after = model.module.state_dict(keep_vars=True)
+    assert after.keys() == before.keys() == result.adapter_state.keys()
+    for name, (tensor, value) in before.items():
+        assert after[name] is tensor and torch.equal(tensor, value) and not tensor.requires_grad and tensor.grad is None
+        assert not torch.equal(result.adapter_state[name], value)
+
+
+def test_a_whole_student_begins_with_no_gradient_and_only_it_learns_from_its_loss():
+    history = run_full().history
+    assert history[0].loss == 0 and history[0].others["apart"] == 0 < history[-1].others["apart"]
+
+
+def test_its_file_has_every_weight_under_the_networks_names_and_says_how_it_is_called(tmp_path):
+    result = run_full(tmp_path, time=0.4)
+    assert result.path == tmp_path / "student.safetensors" and is_whole(result.path)
+    about = read_about(result.path)
+    assert about.method == "full" and about.one_step["level"] == pytest.approx(0.4) and about.steps == 6
+    assert not (tmp_path / "adapter.safetensors").exists()
+    state = load_whole(result.path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in result.adapter_state.items())
+
+
+def test_a_file_has_the_types_that_the_network_has(tmp_path):
+    model = Timed()
+    model.module.inner.bfloat16()
+    with pytest.raises(RuntimeError):  # such a mixture is no network, which only training makes one
+        model(X, LEVEL, TOLD)
+    with trained_whole(model.module) as (whole, frozen):
+        assert {tensor.dtype for tensor in whole.parameters()} == {torch.float32}
+        stored = whole.as_stored(whole.state_dict())
+    assert stored["inner.weight"].dtype == torch.bfloat16 and stored["outer.weight"].dtype == torch.float32
+    assert model.module.inner.weight.dtype == torch.bfloat16 and frozen.inner.weight.dtype == torch.bfloat16
+
+
+def test_a_whole_student_is_stopped_and_continued_exactly(tmp_path):
+    whole = run_full(tmp_path / "whole")
+
+    def stop(event):
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_full(tmp_path / "parts", report=stop)
+    again = run_full(tmp_path / "parts")
+    assert all(torch.equal(again.adapter_state[name], tensor) for name, tensor in whole.adapter_state.items())
+    assert [event.loss for event in again.history] == [event.loss for event in whole.history]
+    with pytest.raises(IncompatibleCheckpoint, match="full was True and is False"):
+        run(tmp_path / "parts", learning_rate=1e-2)
+
+
+def test_a_whole_student_of_a_styled_teacher_begins_with_the_style_in_its_weights(tmp_path):
+    worn = style()
+    result = run_full(tmp_path, worn=worn, steps=1, learning_rate=1e-9)
+    made = with_its_weights(result.path)(X, LEVEL, TOLD)
+    torch.testing.assert_close(made, answers(Timed(), worn.loaded.state, CONFIG), atol=1e-5, rtol=1e-5)
+    assert run_full(worn=worn).history[0].loss < 1e-10
+
+
+def test_a_whole_student_is_drawn_with_while_it_learns():
+    model, drawn = Timed(), []
+
+    def sample(step):
+        drawn.append(model(X, LEVEL, TOLD))
+
+    run(on=model, full=True, learning_rate=1e-2, steps=4, sample_every=2, sample=sample)
+    assert len(drawn) == 2 and not torch.equal(*drawn) and not torch.equal(drawn[0], model(X, LEVEL, TOLD))

@@ -1,0 +1,43 @@
+"""A student of which all weights learned, in ComfyUI's stock loader."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfy
+
+
+def test_the_stock_loader_opens_its_file_as_the_core_does(embedded, random_weights, tmp_path, monkeypatch):
+    import folder_paths
+    import nodes
+
+    from stylewright.nodes.bridge.host import comfy_host
+    from stylewright.nodes.bridge.session import training_session
+    from stylewright.training.embedded.weights import Weights
+    from stylewright.training.formats.metadata import AdapterMetadata
+    from stylewright.training.formats.whole import METHOD, save_whole
+    from stylewright.training.hosts.embedded import load_embedded
+    from stylewright.training.hosts.whole import with_weights
+
+    host, draw = load_embedded(Weights(random_weights)), torch.Generator().manual_seed(1)
+    module = host.denoiser.module
+    state = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=draw) for name, tensor in module.state_dict().items()
+    }
+    about = AdapterMetadata("flux", METHOD, 1, process="flow", prediction="flow")
+    save_whole(tmp_path / "student.safetensors", state, about)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    x_t, levels = torch.randn(3, 16, 8, 12, generator=draw), torch.tensor([-6.0, -1.0, 4.0])
+    texts = ["star in <v0> style", "", "house in ocean dots style"]
+    told = host.encode_prompts(texts)
+    with torch.no_grad():
+        plain = host.denoiser(x_t, levels, told)
+        with with_weights(host.denoiser, tmp_path / "student.safetensors", about):
+            expected = host.denoiser(x_t, levels, told)
+        assert torch.equal(host.denoiser(x_t, levels, told), plain)
+    with torch.inference_mode():
+        (model,) = nodes.UNETLoader().load_unet("student.safetensors", "default")
+        ours = comfy_host(model, embedded.clip, embedded.vae, resolution=128)
+        with training_session(model), torch.no_grad():
+            found = ours.denoiser(x_t, levels, ours.encode_prompts(texts))
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
