@@ -15,7 +15,7 @@ def links() -> list[io.Input]:
         io.Model.Input(
             "teacher",
             tooltip="What draws in many steps. LoRAs and patches of nodes before count as part of it: with a style's "
-            "LoRA the student draws the style. It stays as it is.",
+            "LoRA the student draws the style, and its file has that LoRA inside. The model stays as it is.",
         ),
         io.Clip.Input("clip", tooltip="The model's text encoder, which tells it the prompts."),
         io.Vae.Input("vae", optional=True, tooltip="The model's VAE. Needed for sample pictures only."),

@@ -27,8 +27,8 @@ def check_hook(model: Patcher, prompts: PromptTable, negative: str) -> None:
 
 
 @contextmanager
-def negatives_inside(denoiser: ComfyDenoiser, model: Patcher) -> Iterator[Against]:
-    """How negative prompts come into the student, while ``model`` is in a training session.
+def negatives_inside(denoiser: ComfyDenoiser) -> Iterator[Against]:
+    """How negative prompts come into the student, while its model is in a training session.
 
     What a call has put on the network's layers stays until the next one, because blocks are recomputed later: it
     answers for calls of its own alone.
@@ -37,7 +37,7 @@ def negatives_inside(denoiser: ComfyDenoiser, model: Patcher) -> Iterator[Agains
 
         def against(guidance: AttentionGuidance, negative: Conditioning) -> "AgainstPrompts":
             stack.close()
-            return AgainstPrompts(denoiser, model, guidance, negative, stack)
+            return AgainstPrompts(denoiser, guidance, negative, stack)
 
         yield against
 
@@ -48,7 +48,6 @@ class AgainstPrompts:
     def __init__(
         self,
         denoiser: ComfyDenoiser,
-        model: Patcher,
         guidance: AttentionGuidance,
         negative: Conditioning,
         placed: ExitStack,
@@ -61,8 +60,8 @@ class AgainstPrompts:
             self._rows.setdefault(prompt, []).append(row)
         self._denoisers = {}
         for prompt in self._rows:
-            patched = apply(model, _conditioning(denoiser.prompts, prompt), guidance)
-            _place(patched, model, placed)
+            patched = apply(denoiser.model, _conditioning(denoiser.prompts, prompt), guidance)
+            _place(patched, denoiser.model, placed)
             self._denoisers[prompt] = ComfyDenoiser(patched, denoiser.prompts)
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:

@@ -43,7 +43,7 @@ class ComfyDenoiser:
         self.process = self._levels.process
         self.prediction = self._levels.prediction
         self.log_snr_range = self._levels.log_snr_range
-        self._model = model
+        self.model = model
         self.prompts = prompts
         self._film = is_film(model)
         self._alone = is_mean_flow(model)
@@ -53,7 +53,7 @@ class ComfyDenoiser:
     @property
     def clock(self) -> Clock:
         """ValueError for a model whose time cannot be stated."""
-        return clock_of(self._model.get_model_object("model_sampling"))
+        return clock_of(self.model.get_model_object("model_sampling"))
 
     def __call__(self, x_t: Tensor, log_snr: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's own prediction (b, c, ...) in float32."""
@@ -76,7 +76,7 @@ class ComfyDenoiser:
         # A schedule that stays where it is: the mean velocity from here to here is the velocity that is trained.
         options["sample_sigmas"] = sigma[:1].repeat(2)
         x = x[:, :, None] if self._film else x
-        x0 = self._model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
+        x0 = self.model.model.apply_model(x, sigma, transformer_options=options, **conds).float()
         return x0[:, :, 0] if self._film else x0
 
     def _model_conds(self, x: Tensor, conditioning: Conditioning) -> list[dict]:
@@ -104,7 +104,7 @@ class ComfyDenoiser:
         if sizes is not None and answer.keys().isdisjoint(STATED_SIZES):
             params |= stated_sizes(sizes)
         params |= answer
-        conds = self._model.model.extra_conds(**params)
+        conds = self.model.model.extra_conds(**params)
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in conds.items()}
 
 

@@ -20,6 +20,7 @@ from ...training.loops.config import MEMORY, TrainConfig
 from ...training.loops.distil import DistilResult, distil
 from ...training.loops.distil_config import DistilConfig
 from ...training.loops.events import Event
+from ...training.loops.networks import Worn
 from ...training.loops.samples import find_samples
 from ...training.loops.saving import Saving
 from ...training.loops.subject import kind_of
@@ -45,9 +46,9 @@ from .resuming import AUTOMATIC
 from .runs import ENCODED, choose, clear_states, new_run, opened
 from .sample_pictures import draw, draw_before
 from .sampling import Brush, Painter, Subject
-from .session import raise_if_interrupted, without_float16
+from .session import raise_if_interrupted, training_session, without_float16
 from .starting import refuse_windowed, try_once
-from .student_start import student_start
+from .student_start import student_start, undressed
 from .training import words_of
 
 logger = logging.getLogger(__name__)
@@ -102,9 +103,10 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
     refuse_windowed(teacher)
     _require_vae(sockets, config)
     encodings = Encodings()
-    host = _host(sockets, job, encodings)
+    base, worn, note = undressed(teacher, config.adapter)
+    host = _host(replace(sockets, teacher=base), job, encodings)
     denoiser = denoiser_of(host)
-    start = student_start(teacher, sockets.student, config.adapter)
+    start = student_start(base, sockets.student, config.adapter)
     identity = _identity(sockets, job, denoiser, start)
     choice = choose(job.file_name, filled, job.resume, config, identity)
     if choice.notice:
@@ -112,29 +114,30 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
         progress.noted(choice.notice)
     if not choice.trains:
         return as_it_is(choice, config, progress)
+    for said in (note, start.said if start else ""):
+        if said:
+            progress.noted(said)
     run = choice.run or new_run(job.file_name, filled, DistilConfig)
     with opened(run) as directory:
         encodings.folder = run.folder / ENCODED
         prompts = encode_before(host, job.prompts, config, progress)
         if config.negative_prompts:
-            check_hook(teacher, denoiser.prompts, read_line(config.negative_prompts[0]).prompt(0))
+            check_hook(base, denoiser.prompts, read_line(config.negative_prompts[0]).prompt(0))
         painters = _painters(sockets, job, host, progress)
         progress.opened(directory, config.sample_prompts)
         leave_device(*(socket.patcher for socket in (sockets.clip, sockets.vae) if socket is not None))
         report = reporter(run, config, job.save_intermediate, progress)
 
         def trains(saving: Saving) -> DistilResult:
-            if painters:
-                draw_before(painters[0], directory, config, progress)
-            if start:
-                progress.noted(start.said)
-            return _distil(sockets, job, host, directory, identity, report, painters, saving, start)
+            return _distil(sockets, job, host, directory, identity, report, painters, saving, start, worn)
 
         with published_if_stopped(run, config.steps):
+            if painters:
+                _draw_before(sockets.teacher, host, painters[0], directory, job, progress)
             nothing = Dataset([_example(host, job.resolution, prompts)], None)
             asked = None if few(job.prompts, config) else MOST
             planned = Training(
-                teacher, sockets.clip, host, nothing, _as_training(job), run.folder, progress, kept_prompts=asked
+                base, sockets.clip, host, nothing, _as_training(job), run.folder, progress, kept_prompts=asked
             )
             result = train_within_memory(planned, lambda: try_once(host, nothing), trains)
         with kept(directory):
@@ -202,8 +205,22 @@ def _painters(
     denoiser, sampling = denoiser_of(host), sockets.teacher.get_model_object("model_sampling")
     called = one_step_of(denoiser.clock, denoiser.prediction, config.time)
     sigma = sigma_of(sampling, noise_levels(sockets.teacher), called["level"], called["unit"])
-    teacher, student = (Painter(sockets.teacher, vae, lambda: subject, brush, progress, each) for each in (None, sigma))
-    return teacher, student
+    teacher = Painter(sockets.teacher, vae, lambda: subject, brush, progress)
+    return teacher, Painter(denoiser.model, vae, lambda: subject, brush, progress, sigma)
+
+
+def _draw_before(
+    teacher: comfy.model_patcher.ModelPatcher,
+    host: Host,
+    painter: Painter,
+    run: RunDirectory,
+    job: DistilJob,
+    progress: TrainingProgress,
+) -> None:
+    """The teacher's pictures, with the LoRAs that it wears."""
+    side = job.resolution // host.pixels_per_latent
+    with training_session(teacher, memory_required=teacher.memory_required([1, host.latent_channels, side, side])):
+        draw_before(painter, run, job.config, progress)
 
 
 def _example(host: Host, side: int, prompts: list[str]) -> Example:
@@ -243,9 +260,10 @@ def _distil(
     painters: tuple[Painter, Painter] | None,
     saving: Saving,
     start: Start | None,
+    worn: Worn | None,
 ) -> DistilResult:
     denoiser, side = denoiser_of(host), job.resolution // host.pixels_per_latent
-    with negatives_inside(denoiser, sockets.teacher) as against:
+    with negatives_inside(denoiser) as against:
         return distil(
             denoiser,
             job.prompts,
@@ -264,5 +282,6 @@ def _distil(
             identity=identity,
             saving=saving,
             start=start,
+            worn=worn,
             against=against,
         )

@@ -1,6 +1,11 @@
-"""A MODEL with a student on it as what a distillation begins with: its own LoRAs, as one adapter on the teacher."""
+"""LoRAs on the MODELs of a distillation, as adapters: what the teacher wears, and what the student begins with.
 
-from collections.abc import Iterator
+ComfyUI writes LoRAs into the weights of a model that is loaded. Taken off the teacher they are in the student's file,
+which then is for the model without them.
+"""
+
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +16,73 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ...training.adapters.methods import AdapterConfig
-from ...training.formats.adapters import loaded_from
+from ...training.formats.adapters import LoadedAdapter, loaded_from
 from ...training.formats.contents import AdapterFile
 from ...training.formats.keys import FAMILIES
 from ...training.formats.layers import Layer
 from ...training.formats.starting import Start, start_of
+from ...training.loops.networks import Worn
 from .families import family_of, model_name
 from .identity import digest_of_patch, digest_of_weights
 from .patch_terms import place_of_patch
 from .starting import refuse_windowed
 
 Patcher = comfy.model_patcher.ModelPatcher
-NAME = "the linked student"
+NAME, WORN = "the linked student", "the teacher's LoRAs"
+PLAIN = ("lora", "rslora")  # methods that a LoRA can be turned into
 NETWORK = "diffusion_model."
 
 
-def student_start(teacher: Patcher, student: Patcher | None, config: AdapterConfig) -> Start | None:
-    """What the student has more than the teacher, as a run of ``config`` has it. None without a student.
+def undressed(teacher: Patcher, config: AdapterConfig) -> tuple[Patcher, Worn | None, str]:
+    """A teacher without its LoRAs, these as an adapter that it wears, and what is to be said of it.
+
+    What is no plain LoRA cannot be in the file of a student of ``config``: then all stay under the student.
+    """
+    if not teacher.patches:
+        return teacher, None, ""
+    if config.method not in PLAIN:
+        return teacher, None, f"a student of the method {config.method} is for the model with the teacher's LoRAs on it"
+    try:
+        loaded = _loaded(teacher, _patches(teacher))
+    except ValueError as error:
+        return teacher, None, f"the student is for the model with the teacher's patches on it: {error}"
+    base = teacher.clone()
+    base.patches, base.patches_uuid = {}, uuid.uuid4()
+    worn = Worn(WORN, loaded)
+    return base, worn, f"the student's file has the teacher's LoRAs in it: it {worn.start(config).said}"
+
+
+def student_start(base: Patcher, student: Patcher | None, config: AdapterConfig) -> Start | None:
+    """What the student has more than the base, as a run of ``config`` has it. None without a student.
 
     ValueError for one of other weights, or whose difference is no LoRA.
     """
     if student is None:
         return None
-    _require_same_weights(teacher, student)
+    _require_same_weights(base, student)
     refuse_windowed(student)
-    parts: dict[str, list[Layer]] = {}
-    for key, patch in _own_patches(teacher, student):
-        name, layer = _as_lora(student, key, patch)
-        parts.setdefault(name, []).append(layer)
-    if not parts:
+    own = list(_own_patches(base, student))
+    if not own:
         raise ValueError(
             "the student is the very model that the teacher is, so that there is nothing to begin with: put a "
             "student's LoRA on it, or unlink it, and the student begins as the teacher"
         )
-    layers = {name: _summed(each) for name, each in parts.items()}
-    file = AdapterFile(Path(NAME), {}, None, layers, (), {})
-    family = family_of(teacher)
-    return start_of(loaded_from(file, "native" if family in FAMILIES else None, family=family), config, NAME)
+    return start_of(_loaded(student, own), config, NAME)
+
+
+def _loaded(model: Patcher, patches: Iterable[tuple[str, tuple]]) -> LoadedAdapter:
+    """LoRAs on a model as one adapter. ValueError for patches of another kind."""
+    parts: dict[str, list[Layer]] = {}
+    for key, patch in patches:
+        name, layer = _as_lora(model, key, patch)
+        parts.setdefault(name, []).append(layer)
+    file = AdapterFile(Path(NAME), {}, None, {name: _summed(each) for name, each in parts.items()}, (), {})
+    family = family_of(model)
+    return loaded_from(file, "native" if family in FAMILIES else None, family=family)
+
+
+def _patches(model: Patcher) -> Iterator[tuple[str, tuple]]:
+    yield from ((key, patch) for key, patches in model.patches.items() for patch in patches)
 
 
 def _require_same_weights(teacher: Patcher, student: Patcher) -> None:
@@ -65,13 +100,12 @@ def _require_same_weights(teacher: Patcher, student: Patcher) -> None:
 
 def _own_patches(teacher: Patcher, student: Patcher) -> Iterator[tuple[str, tuple]]:
     """Patches that the teacher has not."""
-    for key, patches in student.patches.items():
-        known = [digest_of_patch(patch) for patch in teacher.patches.get(key, [])]
-        for patch in patches:
-            if (digest := digest_of_patch(patch)) in known:
-                known.remove(digest)
-            else:
-                yield key, patch
+    known = {key: [digest_of_patch(patch) for patch in patches] for key, patches in teacher.patches.items()}
+    for key, patch in _patches(student):
+        if (digest := digest_of_patch(patch)) in known.get(key, []):
+            known[key].remove(digest)
+        else:
+            yield key, patch
 
 
 def _as_lora(student: Patcher, key: str, entry: tuple) -> tuple[str, Layer]:
@@ -82,8 +116,7 @@ def _as_lora(student: Patcher, key: str, entry: tuple) -> tuple[str, Layer]:
     if not plain or not key.startswith(NETWORK) or any(part is not None for part in patch.weights[3:]):
         kind = type(patch).__name__ if not isinstance(patch, tuple) else f"a patch of the kind {patch[0]!r}"
         raise ValueError(
-            f"the student has {kind} on {key}, and a run begins with plain LoRAs alone: link a student whose LoRA it "
-            "is, without other patches after the teacher's"
+            f"there is {kind} on {key}, and a run begins with plain LoRAs alone: link a model that has no other patches"
         )
     up, down, alpha = (part.float().cpu() if isinstance(part, Tensor) else part for part in patch.weights[:3])
     scale = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])

@@ -106,14 +106,28 @@ def test_a_student_is_where_the_run_begins(loader, distil, embedded):
         assert torch.allclose(after[name], strength * change, atol=1e-7 + 1e-5 * float(change.abs().max()))
 
 
-def test_what_the_teacher_has_too_is_not_counted_twice(distil, embedded):
+def test_the_teachers_loras_are_in_the_students_file(distil, embedded):
     style, *_ = distil(ema_decay=0.0, file_name="style", seed=5)
-    first, *_ = distil(ema_decay=0.0)
-    teacher = with_lora(embedded.model, style)
-    short = {"rank": 4, "learning_rate": 1e-12, "steps": 1, "ema_decay": 0.0}
-    second, *_ = distil(teacher=teacher, student=with_lora(teacher, first), file_name="second", **short)
-    before, after = effect(first), effect(second)
+    teacher, short = with_lora(embedded.model, style), {"learning_rate": 1e-12, "steps": 1, "ema_decay": 0.0}
+    lora, *_ = distil(teacher=teacher, file_name="of_style", **short)
+    before, after = effect(style), effect(lora)
     assert all(torch.allclose(after[name], change, atol=1e-6) for name, change in before.items())
+    first, *_ = distil(ema_decay=0.0)
+    lora, *_ = distil(teacher=teacher, student=with_lora(teacher, first), rank=8, file_name="both", **short)
+    more, after = effect(first), effect(lora)
+    assert all(torch.allclose(after[name], change + more[name], atol=1e-6) for name, change in before.items())
+
+
+def test_a_teacher_with_other_patches_keeps_them_and_says_so(distil, embedded):
+    from stylewright.nodes.bridge.student_start import undressed
+    from stylewright.training.adapters.methods import AdapterConfig
+
+    model, key = embedded.model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    model.add_patches({key: ("diff", (torch.full((768, 256), 1e-2),))})
+    base, worn, note = undressed(model, AdapterConfig())
+    assert base is model and worn is None and "'diff' on diffusion_model.double_blocks.0" in note
+    plain, patched = distil()[0], distil(teacher=model, file_name="patched")[0]
+    assert any(not torch.equal(patched[name], tensor) for name, tensor in plain.items())
 
 
 def test_prompts_that_are_too_many_to_keep_give_the_same_student(distil, monkeypatch):
@@ -176,7 +190,7 @@ def test_a_student_that_is_none_is_refused(distil, embedded, tiny):
     with pytest.raises(ValueError, match="other weights than the teacher"):
         distil(student=other.model)
     model, key = embedded.model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
-    model.add_patches({key: ("diff", (torch.ones(3 * 128, 128),))})
+    model.add_patches({key: ("diff", (torch.ones(768, 256),))})
     with pytest.raises(ValueError, match=r"'diff' on diffusion_model.double_blocks.0"):
         distil(student=model)
 

@@ -90,7 +90,7 @@ def test_each_row_of_a_batch_is_kept_away_from_its_own_negative_prompt(family):
         denoiser = ComfyDenoiser(parts.model, prompts)
         with torch.no_grad():
             plain = denoiser(x_t, levels, told)
-            with negatives_inside(denoiser, parts.model) as against:
+            with negatives_inside(denoiser) as against:
                 together = against(guidance, negative)(x_t, levels, told)
                 one_by_one = []
                 for row in range(3):
@@ -101,7 +101,7 @@ def test_each_row_of_a_batch_is_kept_away_from_its_own_negative_prompt(family):
             assert torch.equal(denoiser(x_t, levels, told), plain)
         assert proof.relative(together, plain) > 1e-3
         assert proof.relative(together, torch.cat(one_by_one)) < 1e-5
-        with negatives_inside(denoiser, parts.model) as against:
+        with negatives_inside(denoiser) as against:
             kept, recomputed = (gradient(denoiser, against, checkpoint) for checkpoint in (False, True))
     assert torch.equal(kept[0], recomputed[0])
     assert max(proof.relative(one, other) for one, other in zip(recomputed[1], kept[1], strict=True)) < 1e-5
