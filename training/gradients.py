@@ -6,7 +6,7 @@ nobody notices: the recomputed block starts from the wrong tensor and the gradie
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any
@@ -133,11 +133,11 @@ def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage:
         values = tuple(dict(value) if type(value) is dict else value for value in values)
         values = map(garage.park, values) if garage else values
         # torch reads from a tensor among the arguments which device's generator it has to put back.
-        modes = _modes.get()
+        again = _again.get()
         return recompute_later(
             *(on_copies, copy_context(), tuple(kwargs), device, *values),
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _all_of(modes)),
+            context_fn=lambda: (nullcontext(), _all_of(again)),
         )
 
     return recomputing
@@ -146,22 +146,30 @@ def _recomputing(block: nn.Module, forward: Callable, streams: _Streams, garage:
 @contextmanager
 def also_recomputed(mode: TorchFunctionMode) -> Iterator[None]:
     """``with mode``, in which what :func:`differentiable` computes again of the inside is computed, too."""
-    token = _modes.set((*_modes.get(), mode))
-    try:
-        with mode:
-            yield
-    finally:
-        _modes.reset(token)
-
-
-_modes: ContextVar[tuple[TorchFunctionMode, ...]] = ContextVar("modes", default=())
+    with entered_again(lambda: mode), mode:
+        yield
 
 
 @contextmanager
-def _all_of(modes: tuple[TorchFunctionMode, ...]) -> Iterator[None]:
+def entered_again(make: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """What :func:`differentiable` computes again of the inside is computed within a context of ``make``, for example
+    with the hooks that are on the network for the time of its call alone.
+    """
+    token = _again.set((*_again.get(), make))
+    try:
+        yield
+    finally:
+        _again.reset(token)
+
+
+_again: ContextVar[tuple[Callable[[], AbstractContextManager], ...]] = ContextVar("again", default=())
+
+
+@contextmanager
+def _all_of(contexts: tuple[Callable[[], AbstractContextManager], ...]) -> Iterator[None]:
     with ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
+        for make in contexts:
+            stack.enter_context(make())
         yield
 
 

@@ -22,6 +22,7 @@ from ...training.denoiser import Denoiser
 from ...training.loops.subject import kind_of
 from .families import model_name
 from .functions import sample, traits
+from .windowed import KEY, windowed_adapters
 
 ACTING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # wrappers that are called in training
 LENGTH = 12  # hexadecimal digits of a hash
@@ -57,6 +58,8 @@ def what_acts(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
     described = {"name": model_name(model), "weights": digest_of_model(model)}
     if acting := functions_on(model):
         described["functions"] = _hash(*_pieces(traits(acting)))
+    if adapters := windowed_adapters(model):
+        described["adapters"] = _hash(*_pieces([each.described() for each in adapters]))
     return described
 
 
@@ -85,10 +88,11 @@ def functions_on(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
     """What other nodes made the model compute otherwise by, where training goes through it too; nothing of samplers."""
     options = model.model_options["transformer_options"]
     wrappers = [
-        (kind, list(source[kind].values()))
+        (kind, found)
         for source in (model.wrappers, options.get("wrappers", {}))
         for kind in ACTING
-        if any(source.get(kind, {}).values())
+        # Adapters of ours are told by their numbers.
+        if any(found := [each for key, each in source.get(kind, {}).items() if not str(key).startswith(KEY)])
     ]
     acting = {name: value for name, value in options.items() if value and name not in ("wrappers", "callbacks")}
     return {**acting, "wrappers": wrappers} if wrappers else acting

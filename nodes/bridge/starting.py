@@ -31,11 +31,11 @@ def start_from(model: comfy.model_patcher.ModelPatcher, lora: dict | None, confi
 
 
 def refuse_windowed(model: comfy.model_patcher.ModelPatcher) -> None:
-    """ValueError where an adapter is no patch of weights: it is not there when a block is computed again."""
+    """ValueError where an adapter is no patch of weights, in which a student is told from its teacher."""
     if windowed_adapters(model):
         raise ValueError(
-            "an adapter on this model acts at some noise levels only, or by the input of its layers, and training on "
-            "top of it is not supported: link the model from before it, or let an adapter of the first kind act at all "
+            "an adapter on this model acts at some noise levels only, or by the input of its layers, and distillation "
+            "with it is not supported: link the model from before it, or let an adapter of the first kind act at all "
             "noise levels"
         )
 

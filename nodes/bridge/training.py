@@ -47,7 +47,7 @@ from .runs import ENCODED, choose, clear_states, new_run, opened
 from .sample_pictures import draw, draw_before
 from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, without_float16
-from .starting import refuse_windowed, start_from, try_once
+from .starting import start_from, try_once
 from .teacher import ask_teacher, teacher_identity
 from .text_encoders import describe, resident, trainable_text_encoders
 
@@ -103,7 +103,6 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
     sockets = replace(sockets, model=model)
     words = words_of(model, config.style_phrase, resolution, config.seed, config.adapter)
     filled = adapter_pattern(job.file_name, words)
-    refuse_windowed(model)
     require_sockets(sockets.clip, sockets.vae, job.items, job.answers, config)
     encodings = Encodings()
     host = comfy_host(model, sockets.clip, sockets.vae, resolution=resolution, answers=job.answers, encodings=encodings)

@@ -2,7 +2,8 @@
 
 For every call of the model its noise level decides how strongly the adapter acts. Where it does, hooks add it to the
 layers' outputs (:mod:`.terms`) for the time of that call; where it does not, there are no hooks, and the model answers
-as if there were no adapter, bit for bit. No weight is patched. Of several such adapters each is added to what those
+as if there were no adapter, bit for bit. In training, blocks that are computed again for their gradients get the same
+hooks again. No weight is patched. Of several such adapters each is added to what those
 before it, in the order of their loaders, have left.
 """
 
@@ -10,8 +11,10 @@ import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from ...training.adapters.text_tokens import told_of_text
 from ...training.data.captions import listed
+from ...training.gradients import entered_again
 from ...training.windows import Window
 from .families import latents_per_token
 from .noise_levels import NoiseLevels, levels_of, noise_levels
@@ -56,8 +60,13 @@ class WindowedAdapter:
             return executor(x, t, *args, **kwargs)
         return self._run(executor, values[0] if len(set(values)) == 1 else rows, x, t, *args, **kwargs)
 
+    def described(self) -> list[Any]:
+        """What tells it from others: its window, the places of its terms, and their numbers."""
+        return [repr(self.window), [[repr(place), repr(term), term] for place, term in self._terms]]
+
     def _run(self, executor: WrapperExecutor, strengths: float | Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with _hooked(executor.class_obj, self._terms, strengths) as reached:
+        hooked = partial(_hooked, executor.class_obj, self._terms, strengths)
+        with hooked() as reached, entered_again(hooked):
             answer = executor(*args, **kwargs)
         self._check(reached)
         return answer
@@ -69,7 +78,7 @@ class WindowedAdapter:
 
     def _judge(self, window: Window, levels: NoiseLevels, sigmas: Tensor | None) -> None:
         """Says so where no step of a sampler falls into the window; once for each run of it."""
-        if sigmas is None or sigmas is self._judged:
+        if sigmas is None or sigmas is self._judged or comfy.model_management.in_training:
             return
         self._judged = sigmas
         visited = levels.log_snr(sigmas[:-1] if len(sigmas) > 1 else sigmas)
@@ -168,6 +177,18 @@ def _options(args: tuple, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     return kwargs["transformer_options"] if "transformer_options" in kwargs else args[3] if len(args) > 3 else {}
 
 
+def _outside(layer: Any) -> Any:
+    """Where a term goes on a layer that an adapter in training is around: on the outside, if that will be part of the
+    layer's weights; inside of one that will be a term, too, and then comes after this one.
+    """
+    return layer.get_base_layer() if getattr(layer, "acts_by_input", False) else layer
+
+
+def _bare(layer: Any) -> nn.Module:
+    """The layer without an adapter in training around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
 @contextmanager
 def _hooked(model: nn.Module, terms: list[tuple[Place, Term]], strengths: float | Tensor) -> Iterator[set[str]]:
     """Inside, the terms are part of the model. Gives the set that the names of the layers that ran are put in."""
@@ -176,7 +197,7 @@ def _hooked(model: nn.Module, terms: list[tuple[Place, Term]], strengths: float 
         if any(term.reads_text for _, term in terms):
             stack.enter_context(told_of_text(model.get_submodule("diffusion_model")))
         for place, term in terms:
-            layer, hook = model.get_submodule(place.layer), _Hook(place, term, strengths, reached)
+            layer, hook = _outside(model.get_submodule(place.layer)), _Hook(place, term, strengths, reached)
             # What the last adapter does to the input, those before it see: as a later patch is of the weight so far.
             stack.callback(layer.register_forward_pre_hook(hook.before, prepend=True).remove)
             stack.callback(layer.register_forward_hook(hook.after).remove)
@@ -192,12 +213,12 @@ class _Hook:
 
     def before(self, layer: nn.Module, args: tuple) -> tuple | None:
         self._input = args[0]
-        added = self._term.before(layer, args[0])
+        added = self._term.before(_bare(layer), args[0])
         return None if added is None else (self._add(args[0], added), *args[1:])
 
     def after(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         self._reached.add(self._place.layer)
-        x, self._input = self._input, None
+        layer, x, self._input = _bare(layer), self._input, None
         assert x is not None, "the layer ran"
         if self._place.rows is None:
             added = self._term.after(layer, x, output)

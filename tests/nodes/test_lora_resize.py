@@ -101,7 +101,7 @@ def test_a_group_that_does_not_exist_is_an_error(text, message, file, tiny):
         load(tiny("flux"), file, group_strengths=text)
 
 
-def test_a_window_is_said_on_the_node_and_a_model_under_it_is_not_trained(file, tiny):
+def test_a_window_is_said_on_the_node_and_nothing_is_distilled_under_it(file, tiny):
     from stylewright.nodes.bridge.starting import refuse_windowed
 
     model = tiny("flux")

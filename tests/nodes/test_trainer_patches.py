@@ -100,6 +100,26 @@ def test_patches_are_part_of_what_is_trained(family, patch, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_an_adapter_that_acts_by_its_input_below_is_part_of_what_is_trained(family, tmp_path):
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter, read_tensors
+
+    plain = proof.load(family)
+    first = proof.train(plain, tmp_path / "first", method="styleinject", rank=3)
+    with torch.inference_mode():
+        below = apply_adapter(plain.model, None, read_tensors(first), Strengths(), warn=pytest.fail).model
+    parts = replace(plain, model=below)
+    before, without = proof.answer(below, parts), proof.answer(plain.model, plain)
+    with proof.counted(parts.model) as passes:
+        path = proof.train(parts, tmp_path / "second")
+    assert proof.same_content(path, proof.train_with_a_cancel(parts, tmp_path / "cancelled", len(passes)))
+    assert torch.equal(proof.answer(below, parts), before)
+    assert torch.equal(proof.answer(plain.model, plain), without) and proof.relative(before, without) > 1e-3
+    trained, stock = proof.answer_as_trained(parts, path), proof.answer_of_stock_loader(parts, path)
+    assert stock.unmatched == ()
+    assert proof.relative(stock.answer, trained) < 1e-4 < proof.relative(trained, before)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_a_lora_below_is_part_of_what_is_trained(family, tmp_path):
     """Of this trainer's own, by ComfyUI's loader: the second is what the first left over."""
     import nodes

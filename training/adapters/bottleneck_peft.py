@@ -41,6 +41,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         *("bottleneck_down", "bottleneck_up"),
         *("bottleneck_d", "bottleneck_u", "bottleneck_shared_down", "bottleneck_shared_up"),  # where they share
     )
+    acts_by_input = True  # and so is no change of weights
     other_param_names = ("scaling", "parts", "bearers")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, name: str) -> None:

@@ -40,6 +40,7 @@ class StyleInjectLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer or convolution, and what StyleInject adds to its output."""
 
     adapter_layer_names = ("styleinject_A", "styleinject_B", "styleinject_R", "styleinject_r")
+    acts_by_input = True  # and so is no change of weights
     other_param_names = ("scaling", "injection")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: StyleInjectConfig, name: str) -> None:
