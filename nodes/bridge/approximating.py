@@ -44,7 +44,8 @@ def approximated(
     if strangers := [name for name in loaded.names if name not in layers]:
         raise ValueError(
             f"{lora.name} adapts layers that {model_name(model)} has in one with others or not at all, such as "
-            f"{strangers[0]}: it was trained outside of ComfyUI, where `stylewright approximate` takes it"
+            f"{strangers[0]}: it was trained in diffusers, where each decides for itself, and there "
+            "`stylewright approximate` takes it"
         )
     positive, negative = (_settled(conditioning) for conditioning in (scene.positive, scene.negative))
     empty = settle(scene.latent["samples"])

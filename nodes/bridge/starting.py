@@ -1,5 +1,7 @@
 """What a run begins with, where that is another adapter, and models that no run can begin on."""
 
+from collections.abc import Sequence
+
 import comfy.model_patcher
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ...training.formats.keys import FAMILIES
 from ...training.formats.starting import Start, start_of
 from ...training.hosts.host import Host
 from .adapters import refuse_foreign, refuse_non_finite, weights_of, with_origin
-from .families import family_of
+from .families import family_of, model_name
 from .windowed import windowed_adapters
 
 
@@ -27,7 +29,20 @@ def start_from(model: comfy.model_patcher.ModelPatcher, lora: dict | None, confi
     refuse_non_finite(adapter)
     layout = "native" if family in FAMILIES else None
     loaded = loaded_from(adapter.file, layout, family=family, weights=weights_of(model))
+    if adapter.file.unmergeable:
+        _refuse_apart(model, loaded.names, adapter.name)
     return start_of(loaded, config, adapter.name)
+
+
+def _refuse_apart(model: comfy.model_patcher.ModelPatcher, names: Sequence[str], adapter: str) -> None:
+    """ValueError where layers are parts of one here, and each has a part of the adapter that decides for itself."""
+    known = {name for name, _ in model.model.diffusion_model.named_modules()}
+    if strangers := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{adapter} was trained where queries, keys and values have a layer each, as in diffusers, such as "
+            f"{strangers[0]}. {model_name(model)} has them in one layer here, and no adapter of it decides for each of "
+            "them: put it on the model with Load Style LoRA before this node, and train on top of it"
+        )
 
 
 def refuse_windowed(model: comfy.model_patcher.ModelPatcher) -> None:

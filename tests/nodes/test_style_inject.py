@@ -222,6 +222,44 @@ def test_files_of_diffusers_names_act_on_parts_of_fused_layers(tiny, tiny_prompt
             assert not torch.equal(drawn, draw(model))
 
 
+def renamed(lora, layers):
+    """The same file with these layers."""
+    from stylewright.nodes.bridge.adapters import AdapterTensors
+    from stylewright.training.formats.contents import AdapterFile
+
+    file = lora.file
+    return AdapterTensors(AdapterFile(file.path, file.header, file.about, layers, (), file.tensors))
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_a_run_begins_with_a_file_of_diffusers_names(family, tiny, tmp_path):
+    """Of layers that are one to one, and of parts that share their router, which are one adapter in a fused layer."""
+    from stylewright.nodes.bridge.families import unet_layers
+    from stylewright.nodes.bridge.starting import start_from
+    from stylewright.training.formats.layouts import to_diffusers
+
+    model = tiny(family)
+    settings = config(family, targets=(r"attn\d?\.(qkv|to_[qv])",) if family == "sd15" else (r"img_attn\.qkv",))
+    lora = stored(model, settings, family, tmp_path / "a.safetensors")
+    layers = to_diffusers(lora.file.layers, family, unet_layers(model))
+    assert layers.keys().isdisjoint(lora.file.layers)
+    mine, theirs = start_from(model, lora, settings), start_from(model, renamed(lora, layers), settings)
+    assert mine.state.keys() == theirs.state.keys()
+    assert all(torch.equal(mine.state[name], theirs.state[name]) for name in mine.state)
+
+
+def test_parts_that_decide_for_themselves_are_refused_with_what_to_do(tiny, tmp_path):
+    from stylewright.nodes.bridge.starting import start_from
+    from stylewright.training.formats.layouts import to_diffusers
+
+    model, settings = tiny("flux"), config("flux", targets=(r"double_blocks\.0\.img_attn\.qkv",))
+    lora = stored(model, settings, "flux", tmp_path / "a.safetensors")
+    parts = to_diffusers(lora.file.layers, "flux")
+    one = next(iter(parts))
+    with pytest.raises(ValueError, match=r"a layer each, as in diffusers, .* with Load Style LoRA before this node"):
+        start_from(model, renamed(lora, {one: parts[one]}), settings)
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float8_e4m3fn])
 def test_bases_in_low_precision(precision, tiny, tiny_prompt, tmp_path):
     model, draw, settings = tiny("flux", precision), Draw("flux", tiny_prompt), config("flux")
