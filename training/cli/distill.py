@@ -99,8 +99,9 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         encode = _encoder(job, host, prompts, folder, processes.rank)
 
     def report(event: "Event") -> None:
-        apart = event.others.get("apart", float("nan"))
-        update("distilling", event.step, event.steps, f"apart {apart:.4f}")
+        by_pairs = "apart" not in event.others
+        said = f"loss {event.loss:.4f}" if by_pairs else f"apart {event.others['apart']:.4f}"
+        update("learning pairs" if by_pairs else "distilling", event.step, event.steps, said)
 
     with processes.together():
         likeness = likeness_of(job, options, host)
@@ -120,6 +121,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             base_model=host.name,
             unet_layers=host.unet_layers,
             resolution=side,
+            schedule=lambda steps: host.schedule(steps, (side // host.pixels_per_token) ** 2),
             worn=worn,
             start=start,
             likeness=likeness,

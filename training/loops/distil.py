@@ -30,6 +30,7 @@ from .learner import Learner
 from .likeness import Likeness
 from .meter import Meter
 from .networks import FAKE, Against, Worn, in_three_roles
+from .pairs import Pairs, Schedule
 from .pupil import about_student, identity_of_run, subject_of_student
 from .recorder import Recorder
 from .saving import ALL, Saving
@@ -72,6 +73,7 @@ def distil(
     start: Start | None = None,  # a student to begin with; None = the teacher
     worn: Worn | None = None,  # an adapter of the teacher's, such as a style; the student's file then has it, too
     likeness: Likeness | None = None,  # of pictures and prompts, which config.clip_weight counts
+    schedule: Schedule | None = None,  # that the teacher is sampled by, for pairs; None = evenly spaced times
     against: Against | None = None,  # how negative prompts come into the student; None = as in a diffusers model
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
 ) -> DistilResult:
@@ -121,10 +123,12 @@ def distil(
         recorder = Recorder(run, learner, meter, config, subject=subject, device=device, processes=processes)
         stack.enter_context(recorder.saving_on_exceptions())
         recorder.catch_up(sample)
+        pairs = Pairs(config, networks, draws, schedule)
         iteration = Iteration(
             config=config,
             networks=networks,
             draws=draws,
+            pairs=pairs,
             learner=learner,
             taught=taught,
             meter=meter,
@@ -135,7 +139,8 @@ def distil(
             likeness=counts,
         )
         while learner.step < config.steps:
-            iteration.run(learner.step, prompts.drawn(config.seed, learner.step, config.samples_a_step))
+            chosen = prompts.drawn(config.seed, pairs.place(learner.step), config.samples_a_step)
+            iteration.run(learner.step, chosen)
             recorder.observe(report, sample)
         path = run.adapter if run else None
         return DistilResult(learner.result(), recorder.history, learner.losses, learner.step, path)

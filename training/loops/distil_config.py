@@ -54,6 +54,12 @@ class DistilConfig:
     time: float = 1.0  # at which the student is called; DMD2 found 0.4 for SDXL
     lowest_time: float = 0.02  # of the noise that the student's pictures are judged in …
     highest_time: float = 0.98  # … uniform in between
+    # The first steps, in which the student learns what the teacher draws in many from the same noise, by regression;
+    # 0 = none. Of this many pairs over and over, to the next whole step (10 000 in DMD2); 0 = of new ones each time.
+    pretraining_steps: int = 0
+    pretraining_pairs: int = 0
+    pretraining_teacher_steps: int = 20
+    pretraining_guidance: float | None = None  # of the teacher there; None = pair_guidance
     null_share: float = 0.1  # of the fake network's samples that have the empty prompt
     # NASA-T: what the teacher is guided away from, and the student inside its attention, by a scale that is uniform
     # from low to high. Lines as of prompts; () = none.
@@ -76,7 +82,7 @@ class DistilConfig:
     fake_alpha: float = 128.0  # … and which is scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "fake_updates", "report_every"):
+        for name in COUNTS:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("save_every", "sample_every", "weight_decay", "clip_norm", "clip_weight"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
@@ -96,6 +102,11 @@ class DistilConfig:
         self._require("clip_threshold", -1 < self.clip_threshold <= 1, "a cosine above -1, up to 1")
         fits = 0 <= self.clip_samples <= self.batch_size
         self._require("clip_samples", fits, f"0 for all, and no more than batch_size={self.batch_size}")
+        first, pairs = self.pretraining_steps, self.pretraining_pairs
+        self._require("pretraining_steps", 0 <= first <= self.steps, f"0 or more, up to steps={self.steps}")
+        self._require("pretraining_pairs", pairs >= 0 and (first > 0 or not pairs), "0, or with pretraining_steps some")
+        scale = self.pretraining_guidance
+        self._require("pretraining_guidance", scale is None or 0 <= scale < math.inf, "0 or more, or nothing")
         for rate in (self.learning_rate, self.fake_learning_rate):
             check_optimizer(self.optimizer, rate, self.scheduler, self.ema_decay)
         self._require("fake_rank", self.fake_rank >= 1, "at least 1")
@@ -108,6 +119,13 @@ class DistilConfig:
     @property
     def samples_a_step(self) -> int:
         return self.batch_size * self.accumulation
+
+    @property
+    def pair_guidance(self) -> float:
+        """The teacher's scale in pairs: as given, or 1 for pg-sb and the middle of the range for dmd."""
+        if self.pretraining_guidance is not None:
+            return self.pretraining_guidance
+        return 1.0 if self.convention == PG_SB else (self.guidance_low + self.guidance_high) / 2
 
     @property
     def depends_on_steps(self) -> bool:
@@ -142,6 +160,7 @@ class DistilConfig:
         )
 
 
+COUNTS = ("steps", "batch_size", "accumulation", "fake_updates", "report_every", "pretraining_teacher_steps")
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "scheduler": SCHEDULES,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .learner import Learner
 from .likeness import Likeness, unlikeness
 from .meter import Meter
 from .networks import Networks
+from .pairs import Pairs
 from .score_draws import Draws
 from .score_passes import gradient, learn_fake, learn_student, pictures
 from .share import Share
@@ -27,6 +28,7 @@ class Iteration:
     config: DistilConfig
     networks: Networks
     draws: Draws
+    pairs: Pairs
     learner: Learner  # of the student …
     taught: Learner  # … and of the fake
     meter: Meter
@@ -54,15 +56,20 @@ class Iteration:
             if self.check is not None:
                 self.check()
             judged = self.draws.judged(step, rows, prompts)
+            by_pairs, place = self.pairs.teach(step), self.pairs.place(step)
+            judged = replace(judged, nasa=0.0) if by_pairs else judged
         networks, call = self.networks, self._call(len(prompts))
         with self.processes.passing():
             with networks.acting_as(networks.student):
-                x0 = pictures(networks, self.draws.noise(step, "student", rows), call, judged)
-            g, apart = gradient(networks, x0.detach(), judged, self.config.convention)
+                x0 = pictures(networks, self.draws.noise(place, "student", rows), call, judged)
+            if by_pairs:  # the loss to x0 - g is then the one to what the teacher drew
+                g = x0.detach() - self.pairs.drawn(place, rows, judged.conditioning, judged.null)
+            else:
+                g, apart = gradient(networks, x0.detach(), judged, self.config.convention)
+                self.meter.note("apart", apart)
             with networks.acting_as(networks.student):
                 losses = learn_student(x0, g, self._unlike(step, x0, prompts, rows))
         self.meter.add(step, tuple(prompts), judged.log_snr.cpu(), losses)
-        self.meter.note("apart", apart)
         return x0.detach()
 
     def _unlike(self, step: int, x0: Tensor, prompts: list[str], rows: slice) -> Tensor | None:

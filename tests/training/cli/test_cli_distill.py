@@ -129,3 +129,10 @@ def test_all_weights_learn_and_are_drawn_with(workplace, capsys):
     drawing = ["generate", "--prompt", "star", "--size", "32x32", "--adapter", result["student"]]
     assert len(printed(capsys, *drawing)["pictures"]) == 1
     assert "never guided" in refused(capsys, *drawing, "--guidance", "3")
+
+
+def test_a_student_may_begin_with_its_teachers_pictures(workplace, capsys):
+    pairs = ["--pretraining-steps", "1", "--pretraining-teacher-steps", "2", "--pretraining-pairs", "2"]
+    assert "apart" not in printed(capsys, *SMALL, *pairs, "--steps", "1")
+    assert "apart" in printed(capsys, *SMALL, *pairs, "--steps", "2")
+    assert "with pretraining_steps" in refused(capsys, *SMALL, "--pretraining-pairs", "2", "--out", "other")
