@@ -1,20 +1,32 @@
-"""A LoRA for an adapter that acts by its input, from what passes while the model draws."""
+"""A LoRA for an adapter that acts by its input, from what passes while the model draws.
 
-from dataclasses import dataclass
+Seen is what the loader adds to layers, so that also a part of a layer that stacks several has a LoRA of its own.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...training.adapters.approximation import approximate
+from ...training.adapters.approximation import MOST, Approximation, Positions, distance_of, lora_of
+from ...training.adapters.methods import STYLE_INJECT
 from ...training.data.cache import settle
-from ...training.formats.adapters import loaded_from
 from ...training.formats.approximating import approximated_file
 from ...training.formats.keys import FAMILIES
-from .adapters import AdapterTensors, refuse_foreign, refuse_non_finite
+from ...training.formats.layers import Layer
+from ...training.formats.layouts import to_native
+from ...training.randomness import generator
+from .adapters import AdapterTensors, Strengths, apply_adapter, refuse_foreign, refuse_non_finite
 from .families import family_of, model_name
+from .hooked import Placed, hook, placed_layers
 from .sampling import Brush, draw_from
-from .session import training_session
+from .windowed import windowed_adapters
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,35 +49,72 @@ def approximated(
     refuse_non_finite(lora)
     if not lora.file.unmergeable:
         raise ValueError(f"{lora.name} is a change of weights already: it loads everywhere as it is")
-    family = family_of(model)
-    loaded = loaded_from(lora.file, "native" if family in FAMILIES else None, family=family)
-    network = model.model.diffusion_model
-    layers = {name for name, _ in network.named_modules()}
-    if strangers := [name for name in loaded.names if name not in layers]:
+    if methods := {layer.method for layer in lora.file.layers.values()} - {STYLE_INJECT}:
         raise ValueError(
-            f"{lora.name} adapts layers that {model_name(model)} has in one with others or not at all, such as "
-            f"{strangers[0]}: it was trained in diffusers, where each decides for itself, and there "
-            "`stylewright approximate` takes it"
+            f"{lora.name} is a {methods.pop()} adapter, and this is for StyleInject: no LoRA is known for it"
         )
+    family, placed = family_of(model), placed_layers(model, lora.file)
+    if unfit := [*placed.homeless, *placed.missized]:
+        raise ValueError(f"{lora.name} adapts layers that {model_name(model)} does not have so, such as {unfit[0]}")
     positive, negative = (_settled(conditioning) for conditioning in (scene.positive, scene.negative))
     empty = settle(scene.latent["samples"])
 
-    def draw() -> Tensor:
-        return draw_from(model, empty, positive, negative, brush).float().cpu()
+    def draw(drawer: comfy.model_patcher.ModelPatcher) -> Tensor:
+        return settle(draw_from(drawer, empty, positive, negative, brush).float())
 
-    with training_session(model):
-        found = approximate(
-            network,
-            loaded.config,
-            loaded.state,
-            loaded.names,
-            draw,
-            family=family,
-            rank=rank,
-            seed=brush.seed,
-            device=model.load_device,
-        )
+    adapted = model.clone()
+    hook(adapted, placed, dict.fromkeys(placed.weights, 1.0), None, logger.warning)
+    with torch.inference_mode():
+        fitted, drawn = _fitted(adapted, placed, rank, brush.seed, lambda: draw(adapted))
+    layers = {name: layer for name, (layer, _) in fitted.items()}
+    layers = to_native(layers, family, placed.about.unet_layers) if family in FAMILIES else layers
+    state = {f"{name}.lora_{part}.weight": layer.tensors[part] for name, layer in layers.items() for part in "AB"}
+    lost = {name: share for name, (_, share) in fitted.items()}
+    found = Approximation(state, max(layer.rank or 0 for layer in layers.values()), lost, 0.0)
+    made = AdapterTensors(approximated_file(lora.file, found))
+    with torch.inference_mode():
+        near = draw(apply_adapter(model, None, made, Strengths(), warn=logger.warning).model)
+        found = replace(found, distance=distance_of(near, drawn, draw(model)))
     return AdapterTensors(approximated_file(lora.file, found)), found.summary()
+
+
+def _fitted(
+    adapted: comfy.model_patcher.ModelPatcher, placed: Placed, rank: int, seed: int, draw: Callable[[], Tensor]
+) -> tuple[dict[str, tuple[Layer, float]], Tensor]:
+    """The nearest LoRA of each layer with the share that is lost, and what was drawn to see."""
+    terms = [term for _, term in windowed_adapters(adapted)[-1].terms]
+    fitted: dict[str, tuple[Layer, float]] = {}
+    drawn = torch.zeros(0)
+    for group in _groups(dict(zip(placed.layers, terms, strict=True))):
+        seen = {}
+        for name, term in group.items():
+            module = adapted.model.get_submodule(placed.layers[name][0].layer)
+            seen[name] = Positions(module, generator(seed, "positions", name))
+            term.observe = seen[name].see
+        drawn = draw()
+        for name, term in group.items():
+            term.observe = None
+            if seen[name].rows:
+                (a, b), lost = seen[name].fitted(rank)
+                state = lora_of(name, a, b, seen[name].layer)
+                fitted[name] = Layer("lora", {part: state[f"{name}.lora_{part}.weight"] for part in "AB"}), lost
+    if not fitted:
+        raise ValueError("none of the adapter's layers ran while pictures were drawn: it is for another model")
+    return fitted, drawn
+
+
+def _groups(terms: Mapping[str, Any], room: int = 2**31) -> list[dict[str, Any]]:
+    """Layers whose positions fit into ``room`` bytes together."""
+    groups: list[dict[str, Any]] = [{}]
+    taken = 0
+    for name, term in terms.items():
+        size = 4 * MOST * (term.a[0, 0].numel() + len(term.b))
+        if groups[-1] and taken + size > room:
+            groups.append({})
+            taken = 0
+        groups[-1][name] = term
+        taken += size
+    return groups
 
 
 def _settled(conditioning: list) -> list:

@@ -1,5 +1,6 @@
 """StyleInject (:mod:`...training.style_inject`) at a layer of a MODEL, as training computes it."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ class StyleInject(Term):
     def __init__(self, tensors: dict[str, Tensor], form: str, family: str, reads: bool, dtype: torch.dtype) -> None:
         super().__init__(tensors, dtype)
         self.form, self.family, self.reads_text = form, family, reads
+        self.observe: Callable[[Tensor, Tensor], None] | None = None  # gets the input, and what is added to the output
 
     @classmethod
     def of_layer(
@@ -42,6 +44,8 @@ class StyleInject(Term):
         counted = counted_tokens(x, self.family) if self.reads_text else None
         factors = Factors(**self.beside(x))
         added, _ = style_injected(x, y, factors, self.form, convolve=convolve, counted=counted)
+        if self.observe is not None:
+            self.observe(x, added)
         return added.to(y.dtype)
 
 

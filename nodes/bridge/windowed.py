@@ -60,6 +60,10 @@ class WindowedAdapter:
             return executor(x, t, *args, **kwargs)
         return self._run(executor, values[0] if len(set(values)) == 1 else rows, x, t, *args, **kwargs)
 
+    @property
+    def terms(self) -> list[tuple[Place, Term]]:
+        return self._terms
+
     def described(self) -> list[Any]:
         """What tells it from others: its window, the places of its terms, and their numbers."""
         return [repr(self.window), [[repr(place), repr(term), term] for place, term in self._terms]]

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -373,15 +374,24 @@ def test_what_lies_below_tells_runs_apart(tiny, tmp_path):
     assert what_acts(apply(model, one, strength=0.5)) != found[1]
 
 
-@pytest.mark.parametrize("family", ["flux", "sd15"])
-def test_a_lora_in_its_place_loads_everywhere_and_says_what_is_lost(family, tiny, tiny_prompt, tmp_path):
+@pytest.mark.parametrize(("family", "apart"), [("sd15", False), ("flux", False), ("flux", True)])
+def test_a_lora_in_its_place_loads_everywhere_and_says_what_is_lost(family, apart, tiny, tiny_prompt, tmp_path):
     import comfy.sd
 
     from stylewright.nodes.bridge.approximating import Scene, approximated
     from stylewright.nodes.bridge.sampling import Brush
+    from stylewright.training.formats.layouts import to_diffusers
 
     model, draw, settings = tiny(family), Draw(family, tiny_prompt), config(family, injection="lora")
     lora = stored(model, settings, family, tmp_path / "a.safetensors", size=0.25)
+    fused = len(lora.file.layers)
+    if apart:  # queries, keys and values decide for themselves, as in diffusers: each its own router
+        parts = to_diffusers(lora.file.layers, family)
+        for number, (name, layer) in enumerate(parts.items()):
+            router = layer.tensors["styleinject_R"]
+            tensors = {**layer.tensors, "styleinject_R": router + random(*router.shape, seed=number)}
+            parts[name] = replace(layer, tensors=tensors)
+        lora = renamed(lora, parts)
     base = draw(model)
     with torch.inference_mode():
         scene = Scene(draw.positive, draw.negative, {"samples": torch.zeros(draw.shape)})
@@ -389,7 +399,7 @@ def test_a_lora_in_its_place_loads_everywhere_and_says_what_is_lost(family, tiny
     assert made.file.about.method == "lora" and "stylewright.mergeable" not in made.file.header
     assert made.file.header["stylewright.approximates"] == f"styleinject: {summary}"
     stock = comfy.sd.load_lora_for_models(model, None, dict(made), 1.0, 0.0)[0]
-    assert len(stock.patches) == len(lora.file.layers)
+    assert len(stock.patches) == fused
     exact, near = draw(apply(model, lora)), draw(stock)
     assert (near - exact).norm() < 0.8 * (base - exact).norm()
     assert torch.equal(draw(model), base)

@@ -80,22 +80,25 @@ def approximate(
                 drawn = draw()
             for name, positions in seen.items():
                 if positions.rows:
-                    x, y = (torch.cat(part).double() for part in zip(*positions.rows, strict=True))
-                    fitted[name], lost[name] = _fitted(x, y, rank)
+                    fitted[name], lost[name] = positions.fitted(rank)
     if not fitted:
         raise ValueError("none of the adapter's layers ran while pictures were drawn: it is for another model")
     base = draw()
     shapes = {name: network.get_submodule(name) for name in fitted}
-    state = {key: value for name in fitted for key, value in _named(name, *fitted[name], shapes[name]).items()}
+    state = {key: value for name in fitted for key, value in lora_of(name, *fitted[name], shapes[name]).items()}
     plain = AdapterConfig(rank=max(len(a) for a, _ in fitted.values()), targets=exactly(fitted))
     with attached(network, plain, family=family, seed=seed, device=device) as adapter:
         adapter.load_state_dict(_padded(state, adapter.state_dict()))
         found = draw()
-    distance = float((found - drawn).double().norm() / (base - drawn).double().norm().clamp(min=1e-12))
-    return Approximation(state, plain.rank, lost, distance)
+    return Approximation(state, plain.rank, lost, distance_of(found, drawn, base))
 
 
-class _Positions:
+def distance_of(found: Tensor, drawn: Tensor, base: Tensor) -> float:
+    """How far what was found is from what the adapter has drawn, over how far the base is."""
+    return float((found - drawn).double().norm() / (base - drawn).double().norm().clamp(min=1e-12))
+
+
+class Positions:
     """Some of the positions that pass through one layer."""
 
     def __init__(self, layer: Any, source: torch.Generator) -> None:
@@ -112,6 +115,11 @@ class _Positions:
         chosen = torch.randperm(len(x), generator=self._source)[:A_CALL].to(x.device)
         self.rows.append((x[chosen].float().cpu(), added[chosen].float().cpu()))
 
+    def fitted(self, rank: int) -> tuple[tuple[Tensor, Tensor], float]:
+        """(A, B) of the nearest LoRA on what was seen, and the share of it that is lost."""
+        x, y = (torch.cat(part).double() for part in zip(*self.rows, strict=True))
+        return _fitted(x, y, rank)
+
 
 def _patches(layer: Any, x: Tensor) -> Tensor:
     """What a convolution multiplies at each position, (b, p, in * kernel)."""
@@ -124,10 +132,10 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _collecting(adapter: Adapter, names: Iterable[str], seed: int) -> Iterator[dict[str, _Positions]]:
+def _collecting(adapter: Adapter, names: Iterable[str], seed: int) -> Iterator[dict[str, Positions]]:
     layers: dict[str, Any] = {name: adapter.layer(name) for name in names}
     seen = {
-        name: _Positions(layer.get_base_layer(), generator(seed, "positions", name)) for name, layer in layers.items()
+        name: Positions(layer.get_base_layer(), generator(seed, "positions", name)) for name, layer in layers.items()
     }
     try:
         for name, layer in layers.items():
@@ -190,7 +198,7 @@ def reduced_rank(x: Tensor, y: Tensor, rank: int, ridge: float) -> tuple[Tensor,
     return torch.linalg.solve_triangular(root.T, left, upper=True).T, b
 
 
-def _named(name: str, a: Tensor, b: Tensor, layer: Any) -> dict[str, Tensor]:
+def lora_of(name: str, a: Tensor, b: Tensor, layer: Any) -> dict[str, Tensor]:
     """Factors under peft's names, in the shapes of a LoRA on this layer, which share the size of the product."""
     scale = (b.norm() / a.norm().clamp(min=1e-30)).sqrt().clamp(min=1e-12)
     a, b = (a * scale).float(), (b / scale).float()
