@@ -283,3 +283,21 @@ def test_a_student_is_distilled_and_drawn_in_one_step(server, repository, shippe
     assert read_adapter(saved).about.one_step["level"] == 1.0
     told = b"".join(message["data"] for message in result["messages"] if message["type"] == "binary")
     assert told.count(b"as the student's file says: time 1 (sigma 1, log_snr -inf)") >= 2
+
+
+def test_a_fine_tune_is_distilled_as_shipped_with_no_images(server, repository, shipped_weights):
+    from workflow_api import to_prompt
+
+    prompt = to_prompt(workflows(repository)["distil_fine_tune.json"], server.info)
+    for node in prompt.values():  # the rest is as it is
+        if node["class_type"] == "StyleFriendlySNRTrainer":
+            node["inputs"] |= {"steps": 4, "sample_every": 0}
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 4
+    result = server.run(prompt)
+    assert result["status"]["status_str"] == "success", json.dumps(result["status"], indent=1)
+    loras = server.base / "models" / "loras" / "stylewright"
+    (teacher,), (student,) = (list(loras.glob(f"{name}_*.safetensors")) for name in ("fine_tune", "distilled"))
+    assert [read_adapter(file).about.method for file in (teacher, student)] == ["styleinject", "lora"]
+    pictures = [output["images"] for output in result["outputs"].values() if len(output.get("images", [])) == 4]
+    assert len(pictures) == 3, "of the base, the fine-tune and what was learned"
