@@ -252,13 +252,16 @@ def report(out: Path) -> str:
 
 def report_forms(out: Path) -> str:
     """Means of the forms over the styles and seeds that all of them have, and differences to the first in pairs."""
-    places = {(arm.style, arm.seed) for arm in form_arms()}
+    rows = read(out)
+    places = set.intersection(
+        {(arm.style, arm.seed) for arm in form_arms()}, *(set(values(rows, form, "cfg", "style")) for form in FORMS)
+    )
     scores = {
-        (form, name): {place: one for place, one in values(read(out), form, "cfg", name).items() if place in places}
+        (form, name): {place: one for place, one in values(rows, form, "cfg", name).items() if place in places}
         for form, name in itertools.product(FORMS, SCORES)
     }
     first = next(iter(FORMS))
-    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
+    lines = [f"{len(places)} runs of each", f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
     for form in FORMS:
         cells = [shown(list(scores[form, name].values())) for name in SCORES]
         lines.append(f"{form:24}" + "".join(f"{cell:>16}" for cell in cells))
