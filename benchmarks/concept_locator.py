@@ -77,7 +77,7 @@ def look(host: Host, scene: Several, noises: int) -> Seen:
             name: looked(host, watch_of(host), scene.picture, prompt_of(scene), phrases, Search(levels, noises))
             for name, levels in LEVELS.items()
         },
-        error_maps(host, scene.picture, prompt_of(scene), phrases, Search(noises=noises)),
+        error_maps(host, scene.picture, prompt_of(scene), scene.subjects, Search(noises=noises)),
     )
 
 

@@ -12,7 +12,7 @@ from ..training.concepts.crops import CropOptions
 from ..training.concepts.drawing import draw_found
 from ..training.concepts.locate import Search
 from ..training.concepts.phrases import lines_of, read_phrases
-from ..training.concepts.reference import Locate, find, items_found
+from ..training.concepts.reference import Locate, competing, find, items_found
 from ..training.data.images import check_pixels
 from ..training.data.items import Item
 from .concept_crops_inputs import boxes, cutting, looking
@@ -164,7 +164,7 @@ def _locator(model: Any, clip: Any, vae: Any, **asked: Any) -> Locate | None:
         raise ValueError(f"to find phrases a model needs its text encoder and VAE: link {' and '.join(missing)}, too")
     from .bridge.attention_maps import phrase_maps  # not at start-up
 
-    return lambda phrases: phrase_maps(model, clip, vae, phrases=phrases, **asked)
+    return lambda known: phrase_maps(model, clip, vae, phrases=competing(known, asked["by"]), **asked)
 
 
 def _summary(items: Sequence[Item]) -> str:

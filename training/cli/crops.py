@@ -88,7 +88,7 @@ def _locator(
 ) -> "Locate":
     from ..concepts.errors import error_maps
     from ..concepts.locate import Search, attention_maps
-    from ..concepts.reference import LOCATE_BY, resized, size_to_look_at
+    from ..concepts.reference import LOCATE_BY, competing, resized, size_to_look_at
     from ..hosts.attention_maps import watch_of
     from ..hosts.loading import load_host
     from .train import device_of
@@ -98,9 +98,10 @@ def _locator(
     host = load_host(model, device_of(device), components=components)
     size = size_to_look_at(*picture.shape[1:], resolution or host.resolution, host.pixels_per_token)
     seen = resized(picture, *size)
+    asked = (seen, phrases.prompt, competing(phrases, by), Search(seed=seed))
     if by == "prediction error":
-        return lambda names: error_maps(host, seen, phrases.prompt, names, Search(seed=seed))
-    return lambda names: attention_maps(host, watch_of(host), seen, phrases.prompt, names, Search(seed=seed))
+        return lambda _: error_maps(host, *asked)
+    return lambda _: attention_maps(host, watch_of(host), *asked)
 
 
 def _save(picture: "Tensor", path: Path) -> None:

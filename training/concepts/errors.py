@@ -20,6 +20,9 @@ from .locate import LEVELS, Search
 from .maps import contrasted
 from .phrases import place_in
 
+# One level noisier than where attention is looked at: what is asked for matters most where little is seen.
+ERROR_LEVELS = {process: (*levels, 2 * levels[-1] - levels[-2]) for process, levels in LEVELS.items()}
+
 
 @torch.no_grad()
 def error_maps(
@@ -30,15 +33,16 @@ def error_maps(
     search: Search,
     progress: Callable[[int, int], None] | None = None,  # noises done, and in all
 ) -> Tensor:
-    """Maps (phrases, h', w') of latent pixels, in [0, 1]: each less the mean of the others, so that they compete.
+    """Maps (phrases, h', w') of latent pixels, in [0, 1]: each less the mean of the others, so that they compete, and
+    then the root, which is an error in the prediction's own unit.
 
-    ValueError for a phrase that is no part of the prompt.
+    Of content phrases alone: a style is everywhere. ValueError for a phrase that is no part of the prompt.
     """
     texts = [prompt, *(without(prompt, phrase) for phrase in phrases)]
     conditionings = [with_extras(host.encode_prompts([text]), host.training_conditioning) for text in texts]
     latents = host.encode_images(picture[None].to(host.device)).to(host.device)
     process, sums = host.denoiser.process, torch.zeros(len(texts), *latents.shape[-2:])
-    looks = [(level, noise) for level in search.levels or LEVELS[process] for noise in range(search.noises)]
+    looks = [(level, noise) for level in search.levels or ERROR_LEVELS[process] for noise in range(search.noises)]
     for done, (level, number) in enumerate(looks, start=1):
         log_snr = torch.tensor([level], device=host.device)
         eps = gaussian(tuple(latents.shape), generator(search.seed, "look", level, number)).to(host.device)
@@ -49,7 +53,7 @@ def error_maps(
             sums[row] += (host.denoiser(x_t, log_snr, placed).float() - wanted).square().mean(1)[0].cpu()
         if progress is not None:
             progress(done, len(looks))
-    return contrasted(smooth(sums[1:] - sums[:1], host.pixels_per_token // host.pixels_per_latent))
+    return contrasted(smooth(sums[1:] - sums[:1], host.pixels_per_token // host.pixels_per_latent)).sqrt()
 
 
 def without(prompt: str, phrase: str) -> str:

@@ -15,7 +15,8 @@ from .phrases import Phrases
 
 LOCATE_BY = ("attention", "prediction error")  # of a frozen model: :mod:`.locate` and :mod:`.errors`
 
-Locate = Callable[[Sequence[str]], Tensor]  # maps (phrases, h', w') in [0, 1], of the whole picture
+# Maps (phrases, h', w') in [0, 1] of the whole picture, of the content phrases and maybe of others behind them.
+Locate = Callable[[Phrases], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def find(
         )
     maps = {}
     if unmasked and locate is not None:
-        known = [*phrases.content, *phrases.style]
-        maps = dict(zip(known, locate(known), strict=True))
+        maps = dict(zip(phrases.content, locate(phrases), strict=False))
     found = []
     for phrase in phrases.content:
         if phrase in masks:
@@ -64,6 +64,12 @@ def find(
             raise ValueError(f"the model sees {phrase!r} nowhere in the picture: give a mask of it, or leave it out")
         found.append(Found(phrase, tight, as_crop(tight, height, width, options), place, phrase in masks))
     return found
+
+
+def competing(phrases: Phrases, by: str) -> tuple[str, ...]:
+    """The phrases whose maps compete. By attention the style's words take their share, too; errors of a style, which
+    is everywhere, would say nothing of places."""
+    return phrases.content if by == "prediction error" else (*phrases.content, *phrases.style)
 
 
 def _mask(picture: Tensor, mask: Tensor, phrase: str) -> Tensor:
