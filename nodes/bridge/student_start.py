@@ -15,20 +15,20 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ...training.adapters.attach import layers_to_adapt
 from ...training.adapters.methods import AdapterConfig
 from ...training.formats.adapters import LoadedAdapter, loaded_from
 from ...training.formats.contents import AdapterFile
-from ...training.formats.keys import FAMILIES
 from ...training.formats.layers import Layer
 from ...training.formats.starting import Start, start_of
 from ...training.loops.networks import Worn
-from .families import family_of, model_name
+from .families import OTHER, family_of, model_name
 from .identity import digest_of_patch, digest_of_weights
 from .patch_terms import place_of_patch
 from .starting import refuse_windowed
 
 Patcher = comfy.model_patcher.ModelPatcher
-NAME, WORN = "the linked student", "the teacher's LoRAs"
+NAME, WORN = "the linked student's LoRAs", "the teacher's LoRAs"
 PLAIN = ("lora", "rslora")  # methods that a LoRA can be turned into
 NETWORK = "diffusion_model."
 
@@ -44,6 +44,7 @@ def undressed(teacher: Patcher, config: AdapterConfig) -> tuple[Patcher, Worn | 
         return teacher, None, f"a student of the method {config.method} is for the model with the teacher's LoRAs on it"
     try:
         loaded = _loaded(teacher, _patches(teacher))
+        _require_layers(teacher, loaded, config, WORN)
     except ValueError as error:
         return teacher, None, f"the student is for the model with the teacher's patches on it: {error}"
     base = teacher.clone()
@@ -67,7 +68,18 @@ def student_start(base: Patcher, student: Patcher | None, config: AdapterConfig)
             "the student is the very model that the teacher is, so that there is nothing to begin with: put a "
             "student's LoRA on it, or unlink it, and the student begins as the teacher"
         )
-    return start_of(_loaded(student, own), config, NAME)
+    loaded = _loaded(student, own)
+    _require_layers(base, loaded, config, NAME)
+    return start_of(loaded, config, NAME)
+
+
+def _require_layers(model: Patcher, loaded: LoadedAdapter, config: AdapterConfig, name: str) -> None:
+    known = layers_to_adapt(model.model.diffusion_model, config, family=family_of(model))
+    if foreign := sorted(set(loaded.names) - set(known)):
+        raise ValueError(
+            f"{name} are on layers that this run does not adapt, such as {foreign[0]}: choose targets that hold all of "
+            "them"
+        )
 
 
 def _loaded(model: Patcher, patches: Iterable[tuple[str, tuple]]) -> LoadedAdapter:
@@ -77,8 +89,7 @@ def _loaded(model: Patcher, patches: Iterable[tuple[str, tuple]]) -> LoadedAdapt
         name, layer = _as_lora(model, key, patch)
         parts.setdefault(name, []).append(layer)
     file = AdapterFile(Path(NAME), {}, None, {name: _summed(each) for name, each in parts.items()}, (), {})
-    family = family_of(model)
-    return loaded_from(file, "native" if family in FAMILIES else None, family=family)
+    return loaded_from(file, family=OTHER)  # whose layers keep the names that they have: the network's own
 
 
 def _patches(model: Patcher) -> Iterator[tuple[str, tuple]]:

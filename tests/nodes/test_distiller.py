@@ -99,7 +99,7 @@ def test_a_student_is_where_the_run_begins(loader, distil, embedded):
     else:
         student, strength = comfy.sd.load_lora_for_models(embedded.model, None, dict(first), 1.0, 0.0)[0], 1.0
     second, *_ = distil(student=student, rank=6, learning_rate=1e-12, steps=1, ema_decay=0.0, file_name="second")
-    assert second.file.about.started_from == "the linked student" and second.file.about.rank == 6
+    assert second.file.about.started_from == "the linked student's LoRAs" and second.file.about.rank == 6
     before, after = effect(first), effect(second)
     assert before.keys() == after.keys()
     for name, change in before.items():
@@ -193,6 +193,12 @@ def test_a_student_that_is_none_is_refused(distil, embedded, tiny):
     model.add_patches({key: ("diff", (torch.ones(768, 256),))})
     with pytest.raises(ValueError, match=r"'diff' on diffusion_model.double_blocks.0"):
         distil(student=model)
+
+
+def test_a_student_on_layers_that_are_not_adapted_is_refused(distil, embedded):
+    first, *_ = distil(ema_decay=0.0)
+    with pytest.raises(ValueError, match=r"does not adapt, such as double_blocks\.0\.img_attn\.qkv"):
+        distil(student=with_lora(embedded.model, first), target_patterns=r"txt_attn\.qkv")
 
 
 def test_a_family_without_a_hook_for_negative_prompts_is_refused(distil, monkeypatch):

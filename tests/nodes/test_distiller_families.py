@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import comfy.sd
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -13,9 +14,12 @@ from stylewright.nodes.bridge.denoiser import ComfyDenoiser
 from stylewright.nodes.bridge.families import family_of
 from stylewright.nodes.bridge.prompts import PromptTable
 from stylewright.nodes.bridge.session import training_session
+from stylewright.nodes.bridge.student_start import undressed
 from stylewright.training.adapters.attach import attached
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.attention_guidance import AttentionGuidance
+from stylewright.training.formats.adapters import loaded_from
+from stylewright.training.formats.keys import FAMILIES
 from stylewright.training.gradients import differentiable
 
 pytestmark = pytest.mark.comfy
@@ -65,6 +69,17 @@ def test_a_student_of_every_kind_of_model(family, tmp_path):
         assert all(torch.equal(again[name], tensor) for name, tensor in lora.items())
         plain, *_ = distil(parts, tmp_path / "plain", nasa_high=0.0)
         assert any(not torch.equal(plain[name], tensor) for name, tensor in lora.items())
+    with torch.inference_mode():
+        wearing, _ = comfy.sd.load_lora_for_models(parts.model, None, dict(lora), 0.5, 0.0)
+    base, worn, note = undressed(wearing, AdapterConfig(rank=2, targets="all"))
+    assert not base.patches, note
+    mine, found = loaded_from(lora.file, "native" if about.family in FAMILIES else None), worn.loaded
+    assert set(found.names) == set(mine.names)
+    for name in mine.names:
+        factors = [[each.state[f"{name}.lora_{end}.weight"].flatten(1) for end in "BA"] for each in (mine, found)]
+        change = 0.5 * mine.alpha / mine.rank * torch.mm(*factors[0])
+        same = found.alpha / found.rank * torch.mm(*factors[1])
+        assert torch.allclose(same, change, atol=1e-7 + 1e-5 * float(change.abs().max()))
     assert torch.equal(proof.answer(parts.model, parts), before)
 
 
