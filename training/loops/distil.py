@@ -31,7 +31,7 @@ from .likeness import Likeness
 from .meter import Meter
 from .networks import FAKE, Against, Worn, in_three_roles
 from .pairs import Pairs, Schedule
-from .pupil import about_student, identity_of_run, subject_of_student
+from .pupil import about_student, begun_with, identity_of_run, subject_of_student
 from .recorder import Recorder
 from .saving import ALL, Saving
 from .score_draws import Draws, Texts
@@ -83,10 +83,7 @@ def distil(
     and saves before it does, as :func:`.train.train`.
     """
     require_alike(to_table(config), processes)
-    if config.clip_weight and likeness is None:
-        raise ValueError(f"Got clip_weight={config.clip_weight} and nothing that compares pictures with texts.")
-    if config.full and processes.sharded:
-        raise ValueError("Got full for a model in parts (FSDP2): expected an adapter, or whole models on each process.")
+    _refuse_what_cannot_work(config, likeness, processes)
     device, share = torch.device(device), share_of(config, processes)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
@@ -106,17 +103,12 @@ def distil(
             stack.enter_context(saving.applied(network, device))
         taught = Learner(networks.fake, config.fake_rates)
         learner, meter = Learner(student, config.student_rates, {FAKE: taught}), Meter()
-        begun, counts = start or worn, likeness if config.clip_weight else None
+        counts = likeness if config.clip_weight else None
         about = replace(
-            about_student(denoiser, config),
-            base_model=base_model,
-            unet_layers=unet_layers,
-            resolution=resolution,
-            style_phrase=prompts.style_phrase,
-            started_from=begun.name if begun else "",
+            about_student(denoiser, config), base_model=base_model, unet_layers=unet_layers, resolution=resolution
         )
         known = {**identity_of_run(denoiser, prompts, start, worn, counts), **(identity or {})}
-        subject = subject_of_student(networks, known, about)
+        subject = subject_of_student(networks, known, begun_with(about, prompts, start or worn))
         require_alike(subject.identity, processes)
         if isinstance(student, Adapter):
             subject = with_weights_at_hand(subject, student, processes)
@@ -144,3 +136,10 @@ def distil(
             recorder.observe(report, sample)
         path = run.adapter if run else None
         return DistilResult(learner.result(), recorder.history, learner.losses, learner.step, path)
+
+
+def _refuse_what_cannot_work(config: DistilConfig, likeness: Likeness | None, processes: Processes) -> None:
+    if config.clip_weight and likeness is None:
+        raise ValueError(f"Got clip_weight={config.clip_weight} and nothing that compares pictures with texts.")
+    if config.full and processes.sharded:
+        raise ValueError("Got full for a model in parts (FSDP2): expected an adapter, or whole models on each process.")

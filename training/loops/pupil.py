@@ -1,6 +1,7 @@
 """What a distillation's student is to files and checkpoints."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..adapters.stand_in import base_weight
@@ -53,3 +54,8 @@ def about_student(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetad
         training=to_table(config),
         one_step=one_step_of(denoiser.clock, denoiser.prediction, config.time),
     )
+
+
+def begun_with(about: AdapterMetadata, prompts: Prompts, begun: Start | Worn | None) -> AdapterMetadata:
+    """With the style of the prompts, and what the student began with."""
+    return replace(about, style_phrase=prompts.style_phrase, started_from=begun.name if begun else "")
