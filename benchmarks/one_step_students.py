@@ -9,9 +9,8 @@ random             the same draw for both
 random, frozen     the learning teacher keeps the scale of 3
 random, learning   the frozen teacher keeps it
 random, NASA-T     as random, with a negative prompt in the frozen teacher and in the student's attention
-fixed 3, averaged  a moving average of the student draws, of decay 0.9; in all others the student as it is
 
-Every tenth iteration the student draws the same 60 prompts from the same noise.
+Every tenth iteration the student, without a moving average, draws the same 60 prompts from the same noise.
 KID, recall and precision are of the oracle's features, against pictures that the teacher draws of these prompts in 20
 steps without guidance, which is where this convention leads.
 
@@ -99,7 +98,6 @@ class Kind:
     high: float = HIGH
     steady: str = ""  # which teacher keeps the mean scale: "frozen", "learning", or none
     negative: tuple[str, ...] = ()
-    average: float = 0.0  # decay of the student's moving average, which then draws
 
 
 KINDS = {
@@ -110,7 +108,6 @@ KINDS = {
     "random, frozen": Kind(steady="learning"),
     "random, learning": Kind(steady="frozen"),
     "random, NASA-T": Kind(negative=(f"{UNWANTED} style",)),
-    "fixed 3, averaged": Kind(3, 3, average=0.9),
 }
 NEGATIVE_TESTED = ("random", "random, NASA-T")
 
@@ -224,7 +221,6 @@ def measure(out: Path, arm: Arm) -> dict[str, list[dict[str, float]]]:
         guidance_low=kind.low,
         guidance_high=kind.high,
         negative_prompts=kind.negative,
-        ema_decay=kind.average,
     )
     began = time.monotonic()
 

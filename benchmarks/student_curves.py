@@ -40,10 +40,13 @@ def oscillation(values: Sequence[float]) -> float:
     return statistics.stdev(last_half(values))
 
 
-def jumps(values: Sequence[float]) -> float:
-    """The same of noise around any slow trend, from differences of neighbours (von Neumann), over all of the run."""
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
-    return math.sqrt(statistics.mean(step * step for step in steps) / 2)
+def detrended(values: Sequence[float]) -> float:
+    """The same around the line that fits the last half, which is no oscillation."""
+    found = last_half(values)
+    steps = range(len(found))
+    slope, begin = statistics.linear_regression(steps, found)
+    misses = (value - begin - slope * step for step, value in zip(steps, found, strict=True))
+    return math.sqrt(sum(miss * miss for miss in misses) / (len(found) - 2))
 
 
 def of_kind(rows: Rows, kind: str) -> dict[int, dict[str, Any]]:
@@ -85,7 +88,7 @@ def report(rows: Rows) -> str:
     for title, measure, names in (
         ("mean over the last half of the evaluations", settled, SCORES),
         ("standard deviation over the last half", oscillation, RESTLESS),
-        ("noise between neighbouring evaluations, all of the run", jumps, RESTLESS),
+        ("the same around a line", detrended, RESTLESS),
     ):
         lines += ["", title, "", *table(("scales", *names), by_kind(rows, measure, names))]
         lines += ["", f"less {BASE}, seed by seed", "", *table(("scales", *names), in_pairs(rows, measure, names))]

@@ -16,7 +16,7 @@ Two conventions of guidance, which must not be mixed:
 
 ``pg-sb``  one scale for both networks (SwiftBrush; drawn anew each iteration in PG-SB, arXiv 2412.02687). Where the
            generator's distribution is the teacher's, g vanishes at every scale: the scale says how much the prompt
-           counts on the way there.
+           counts on the way there. g is affine in it: random scales have the g of their mean, and noise.
 ``dmd``    the teacher alone is guided, and g is divided by mean |x0 - x0_real| instead of weighted. The generator goes
            to the distribution that guidance makes.
 """
