@@ -9,7 +9,7 @@ from torch import Tensor
 from ..training.data.captions import CAPTION_MODES
 from ..training.data.concepts import Concept
 from ..training.data.encoding import spellings
-from ..training.data.items import check_pictures, read_folder
+from ..training.data.items import check_pictures, phrase_among, read_folder
 from .bridge.conditioning import encoded_captions
 from .bridge.files import files_of, input_folder, picture_folder, picture_folders
 from .pictures import lines, linked_items, one_for_all, sizes
@@ -193,9 +193,8 @@ class StyleDatasetNode(io.ComfyNode):
             items = linked_items(images, masks, texts, inverted=invert_masks[0], repeats=repeats[0], concept=concept)
         check_pictures(items)
         texts = spellings(items, concept.style_phrase or "", caption_mode[0], seed=0)
-        dataset = StyleDataset(
-            tuple(items), concept.style_phrase or "", caption_mode[0], resolution[0], answers=answers
-        )
+        phrase = concept.style_phrase or phrase_among(items)
+        dataset = StyleDataset(tuple(items), phrase, caption_mode[0], resolution[0], answers=answers)
         return io.NodeOutput(dataset, "\n".join(written for written, *_ in texts))
 
 

@@ -58,7 +58,8 @@ def crops(
     for number, item in enumerate(items):
         file = f"{number:03d}.png"
         _save(item.image, out / file)  # ty: ignore[invalid-argument-type]
-        lines.append(json.dumps({"file": file, "caption": item.caption, "repeats": item.repeats}))
+        line = {"caption": item.caption, "repeats": item.repeats, "style_phrase": item.concept.style_phrase}
+        lines.append(json.dumps({"file": file, **line}))
     (out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shown = out.with_name(f"{out.name}-found.png")
     _save(draw_found(pixels, found), shown)

@@ -159,6 +159,7 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update, launch:
 
     from ..data.dataset import shared_dataset
     from ..data.encoding import encode
+    from ..data.items import phrase_among
     from ..hosts.loading import load_host
     from ..hosts.text import with_text_encoders
     from ..loops.subject import parts_of
@@ -169,6 +170,8 @@ def _train(job: Job, options: TrainConfig, folder: Path, update: Update, launch:
     options = dataclasses.replace(options, style_phrase=phrase_of(job, options))
     with processes.together():
         items = items_of(job, options) if processes.writes else []
+    phrase = options.style_phrase or processes.from_first(lambda: phrase_among(items))
+    options = dataclasses.replace(options, style_phrase=phrase)
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
     with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
         host = load_host(job.model, device, dtype, components=job.components, place=launch.place)

@@ -40,6 +40,7 @@ class Row:
     mask: Path | None
     repeats: int
     place: str  # "captions.jsonl:3"
+    style_phrase: str | None = None  # None = as the run has it
 
 
 def one_line(text: str) -> str:
@@ -147,7 +148,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file: objects with a file, a caption, and if wanted ``mask`` and ``repeats``.
+    """The rows of a JSONL file: objects with a file, a caption, and if wanted ``mask``, ``repeats``, ``style_phrase``.
 
     ValueError for every line that is none.
     """
@@ -179,12 +180,16 @@ def _row(path: Path, number: int, line: str) -> Row:
     repeats = row.get("repeats", 1)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise ValueError(f"{path}, line {number}: repeats is {repeats!r}, expected a whole number from 1")
+    phrase = row.get("style_phrase")
+    if phrase is not None and not isinstance(phrase, str):
+        raise ValueError(f"{path}, line {number}: the style phrase {phrase!r} is no text")
     return Row(
         image=path.parent / _entry(row, FILE_KEYS, f"{path}, line {number}"),
         caption=one_line(_entry(row, CAPTION_KEYS, f"{path}, line {number}")),
         mask=path.parent / mask if mask else None,
         repeats=repeats,
         place=place,
+        style_phrase=one_line(phrase) if phrase is not None else None,
     )
 
 

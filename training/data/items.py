@@ -1,5 +1,6 @@
 """What a dataset is made of: pictures with their captions, from a folder or from memory."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch import Tensor
 from .captions import Row, contains, listed, one_line, read_rows, read_text
 from .concepts import BASE, STYLE, Concept
 from .images import IMAGE_SUFFIXES, load_picture
+
+log = logging.getLogger(__name__)
 
 MASK_ENDING = "_mask"  # cat_mask.png is the mask of cat.jpg
 PLAIN = Concept()  # all as the run has it
@@ -75,7 +78,8 @@ def read_folder(
     """The pictures of a folder, in order of their names, without its subfolders; or those that a JSONL file lists.
 
     Captions are in ``cat.txt`` beside ``cat.png``, or in one JSONL file of the folder; masks in ``cat_mask.png``, or
-    with ``alpha_masks`` in the transparency of pictures that have no such file.
+    with ``alpha_masks`` in the transparency of pictures that have no such file. A style phrase in a line of that file
+    counts instead of the concept's.
     ValueError for whatever does not fit together, all of it at once, with the files named.
     """
     path = Path(path)
@@ -93,6 +97,7 @@ def read_folder(
         problems += _unreadable(files, within)
         raise ValueError(f"{path} cannot be trained on:\n" + "\n".join(f"- {problem}" for problem in problems))
     rows = [*files.rows, *rows]
+    _tell_of_own_phrases(path, rows, concept.style_phrase)
     masks = _masks_beside(rows)
     return [
         Item(
@@ -100,11 +105,25 @@ def read_folder(
             caption=row.caption,
             mask=row.mask or masks.get(row.image) or (row.image if alpha_masks else None),
             repeats=repeats * row.repeats,
-            concept=concept,
+            concept=concept if row.style_phrase is None else replace(concept, style_phrase=row.style_phrase),
             name=str(row.image),
         )
         for row in rows
     ]
+
+
+def _tell_of_own_phrases(path: Path, rows: Sequence[Row], stated: str | None) -> None:
+    own = dict.fromkeys(row.style_phrase for row in rows if row.style_phrase is not None)
+    if stated and own and stated not in own:
+        log.warning(
+            "Pictures of %s name a style phrase of their own, %s, and keep it: %r is not theirs",
+            path, ", ".join(map(repr, own)), stated,
+        )  # fmt: skip
+
+
+def phrase_among(items: Sequence[Item]) -> str:
+    """The style phrase of the first of the style's pictures that has one; "" = none has."""
+    return next((item.concept.style_phrase for item in items if item.concept.style_phrase), "")
 
 
 def preserving(items: Sequence[Item], role: str, weight: float) -> list[Item]:

@@ -37,6 +37,19 @@ def test_masks_make_a_folder_that_is_trained_on(files, capsys):
     assert set(json.loads(capsys.readouterr().out)["found"]) == {"star", "house"}
 
 
+def test_the_adapter_of_a_folder_knows_its_style_phrase(files, capsys):
+    masks = [part for name in SCENE.subjects for part in ("--mask", f"{name}={files / name}.png")]
+    both = [*PHRASES[:1], "star and house in ocean flat style", *PHRASES[2:], "--style", "flat"]
+    assert run(["crops", str(files / "picture.png"), str(files / "out"), *both, *masks, "--variants", "1"]) == 0
+    small = ["--resolution", "64", "--rank", "1", "--steps", "1", "--accumulation", "1"]
+    asked = ["train", "--images", str(files / "out"), "--caption-mode", "full", "--out", str(files / "run")]
+    assert run([*asked, *small]) == 0
+    assert run(["resume", str(files / "run"), "--steps", "2"]) == 0  # its crops are of two phrases
+    capsys.readouterr()
+    assert run(["inspect", str(files / "run" / "adapter.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["style_phrase"] == "ocean"
+
+
 @pytest.mark.parametrize("by", ["attention", "prediction error"])
 def test_a_model_finds_what_has_no_mask(by, files, capsys):
     asked = ["crops", str(files / "picture.png"), str(files / "out"), *PHRASES, "--variants", "1", "--locate-by", by]

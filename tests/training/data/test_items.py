@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from stylewright.training.data.concepts import Concept
-from stylewright.training.data.items import Item, check_pictures, items_from_memory, read_folder
+from stylewright.training.data.items import Item, check_pictures, items_from_memory, phrase_among, read_folder
 
 
 def picture(path, mode="RGB", size=(12, 9)):
@@ -49,6 +49,17 @@ def test_a_list_with_pictures_elsewhere_and_text_files_for_the_rest(folder):
     found = [(item.image.name, item.caption, item.repeats) for item in items]
     assert found == [("c.png", "a cow", 10), ("c.png", "the cow", 5), ("a.jpg", "a cat", 5), ("b.PNG", "a dog", 5)]
     assert items[0].image == other and items[0].mask == mask
+
+
+def test_a_line_may_have_a_style_phrase_of_its_own(folder, caplog):
+    (folder / "list.jsonl").write_text('{"file": "a.jpg", "caption": "a cat in ink style", "style_phrase": "ink"}')
+    items = read_folder(folder / "list.jsonl")
+    assert items[0].concept.style_phrase == phrase_among(items) == "ink" and not caplog.text
+    (item,) = read_folder(folder / "list.jsonl", concept=Concept(style_phrase="oil"))
+    assert item.concept.style_phrase == "ink" and "'ink', and keep it: 'oil' is not theirs" in caplog.text
+    (folder / "list.jsonl").write_text('{"file": "a.jpg", "caption": "a cat", "style_phrase": 1}')
+    with pytest.raises(ValueError, match="the style phrase 1 is no text"):
+        read_folder(folder / "list.jsonl")
 
 
 def test_a_list_named_itself_is_all_there_is(folder):
