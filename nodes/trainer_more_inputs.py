@@ -184,7 +184,8 @@ def teaching() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "Another MODEL of the family, a fine-tune or a base with LoRAs: what it answers is learned instead of "
-                "the pictures. No images are needed: link latents that it has drawn, and their conditioning."
+                "pictures. No images are needed: link latents that it has drawn, and their conditioning. With a "
+                "dataset it is asked at those pictures."
             ),
         ),
     ]

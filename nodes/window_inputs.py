@@ -37,7 +37,7 @@ def _end(name: str, default: float, what: str) -> io.Input:
         step=0.1,
         optional=True,
         advanced=True,
-        tooltip=f"Of a window of your own: {what}",
+        tooltip=f"Counts with {CUSTOM!r} alone: {what}",
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from ...training.errors import IncompatibleCheckpoint, TrainingError
 from ...training.formats.state import remove_unfinished, write_atomically
-from ...training.loops.checkpoint import RunDirectory, Stored, open_run
+from ...training.loops.checkpoint import RunDirectory, Stored, key_of, open_run
 from ...training.loops.config import RunConfig, TrainConfig
 from ...training.loops.distil_config import DistilConfig
+from ...training.loops.teaching import Answers
 from .files import adapter_folder, first_number, require_writable, runs_folder
 from .publishing import clear_unfinished, published, steps_of
 from .resuming import ANEW, AS_IT_IS, AUTOMATIC, CONTINUE, RESUME
@@ -200,6 +201,8 @@ def choose(pattern: str, filled: str, resume: str, config: RunConfig, identity: 
     fitting = [each for each in found if not each.obstacle]
     if fitting:
         return _continued(max(fitting, key=lambda each: each.stored.step))
+    if asked := _asked(pattern, config, identity):
+        return asked
     damage = damage_of(pattern, filled, kind)
     if resume == CONTINUE:
         raise TrainingError(damage) if damage and not found else _refusal(found, pattern)
@@ -215,6 +218,20 @@ def _continued(found: Found) -> Choice:
         return Choice(found.run, found.stored, False, f"{name} has its {steps} steps: nothing was left to train")
     notice = f"{name} goes on at step {done} of {steps}" if done else ""
     return Choice(found.run, found.stored, True, notice)
+
+
+def _asked(pattern: str, config: RunConfig, identity: Mapping[str, Any]) -> Choice | None:
+    """A run that was stopped before its first step, while its teacher was asked."""
+    for run in all_runs():
+        ours = (run.pattern, run.kind) == (pattern, type(config)) and not run.directory.checkpoint.exists()
+        if ours and (count := len(answers_of(run, config, identity))):
+            return Choice(run, None, True, f"{run.name} goes on: {count} steps of the teacher's answers are kept")
+    return None
+
+
+def answers_of(run: Run, config: RunConfig, identity: Mapping[str, Any]) -> Answers:
+    """A teacher's answers to the batches of a run with these options."""
+    return Answers(run.folder / ANSWERS, f"{key_of(config, identity)[:12]}-")
 
 
 def _as_it_is(found: list[Found], pattern: str) -> Choice:
@@ -271,7 +288,7 @@ def _folder_name(filled: str) -> str:
 def _abandoned(run: Run) -> bool:
     """Whether the folder is one that a process was killed in before the first checkpoint."""
     left = {path.name for path in run.folder.iterdir()}
-    if run.directory.checkpoint.name in left or (left and RECORD not in left):
+    if run.directory.checkpoint.name in left or (left and RECORD not in left) or _has_answers(run):
         return False
     try:
         with open_run(run.folder):
@@ -280,11 +297,16 @@ def _abandoned(run: Run) -> bool:
         return False
 
 
+def _has_answers(run: Run) -> bool:
+    """Of a teacher, to whichever options: too much time to be thrown away."""
+    return len(Answers(run.folder / ANSWERS)) > 0
+
+
 @contextmanager
 def opened(run: Run) -> Iterator[RunDirectory]:
     """The run's folder, locked and without what a killed process left half written, beside its adapters too.
 
-    A run that comes to nothing inside, without a first checkpoint, leaves no folder.
+    A run that comes to nothing inside, without a first checkpoint or a teacher's answer, leaves no folder.
     """
     try:
         with open_run(run.folder, run.kind) as directory:
@@ -293,7 +315,7 @@ def opened(run: Run) -> Iterator[RunDirectory]:
             remove_unfinished(run.folder / ENCODED)
             yield directory
     finally:
-        if not run.directory.checkpoint.exists():
+        if not run.directory.checkpoint.exists() and not _has_answers(run):
             shutil.rmtree(run.folder, ignore_errors=True)
 
 

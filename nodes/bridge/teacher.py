@@ -1,5 +1,7 @@
 """A MODEL as a teacher: what it answers to the batches of a run, before another one is trained to answer so."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_patcher
@@ -12,8 +14,10 @@ from .denoiser import ComfyDenoiser
 from .families import latents_per_token
 from .identity import what_acts
 from .previews import TrainingProgress
-from .runs import ANSWERS, Run
+from .runs import Run, answers_of
 from .session import training_session
+
+logger = logging.getLogger(__name__)
 
 Patcher = comfy.model_patcher.ModelPatcher
 
@@ -30,13 +34,19 @@ def teacher_identity(teacher: Patcher, model: Patcher, host: Host) -> dict[str, 
 
 
 def ask_teacher(
-    teacher: Patcher, host: Host, dataset: Dataset, config: TrainConfig, run: Run, progress: TrainingProgress
+    teacher: Patcher,
+    host: Host,
+    dataset: Dataset,
+    config: TrainConfig,
+    run: Run,
+    identity: Mapping[str, Any],
+    progress: TrainingProgress,
 ) -> Answers:
     """The teacher's answers to all batches that are still to come, in the run's folder. It is afterwards what it was.
 
-    Of a run that has not begun nothing is left where it is stopped meanwhile.
+    Where it is stopped meanwhile, those that are there stay, for the run to go on with.
     """
-    answers, stored = Answers(run.folder / ANSWERS), run.directory.stored()
+    answers, stored = answers_of(run, config, identity), run.directory.stored()
     first = 0 if stored is None else stored.step
     shape = [config.batch_size, *max((example.latent for example in dataset.examples), key=lambda x: x.numel()).shape]
     try:
@@ -54,8 +64,7 @@ def ask_teacher(
                 progress=progress.taught,
             )
     except BaseException:
-        if first == 0:
-            answers.forget()
+        logger.warning("stopped: %d steps of the teacher's answers are kept in %s", len(answers), answers.folder)
         raise
     return answers
 

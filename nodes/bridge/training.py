@@ -146,7 +146,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         encoders = [socket.patcher for socket in (sockets.clip, sockets.vae) if socket is not None]
         leave_device(*encoders)  # nothing needs them but sample pictures the VAE
 
-        answers = job.teacher and ask_teacher(job.teacher, host, dataset, config, run, progress)
+        answers = job.teacher and ask_teacher(job.teacher, host, dataset, config, run, identity, progress)
 
         def trains(saving: Saving) -> TrainResult:
             if painter:

@@ -267,6 +267,34 @@ def test_what_a_teacher_answers_is_learned_with_no_images(embedded, teacher, lor
     assert not list(loras.parent.rglob("answers/*.safetensors"))
 
 
+def test_what_a_teacher_has_answered_is_kept_where_the_run_is_cancelled(embedded, teacher, loras, monkeypatch):
+    import comfy.model_management as management
+
+    from stylewright.nodes.bridge.previews import TrainingProgress
+
+    latents, conditioning = drawn_by(teacher, embedded, ["a star"])
+    asked = []
+
+    def taught(self, done, steps):
+        asked.append(done)
+        if len(asked) == 3:
+            raise management.InterruptProcessingException
+
+    monkeypatch.setattr(TrainingProgress, "taught", taught)
+    given = {"clip": embedded.clip, "latents": latents, "conditioning": conditioning, "teacher": teacher, "steps": 5}
+    with pytest.raises(management.InterruptProcessingException):
+        train(embedded, **given, file_name="stopped")
+    assert len(list(loras.parent.rglob("answers/*.safetensors"))) == 3
+    *_, other, _ = train(embedded, **given, file_name="stopped", seed=1)  # of other options: neither used nor lost
+    assert len(asked) == 3 + 5 and len(list(loras.parent.rglob("answers/*.safetensors"))) == 3
+    *_, path, _ = train(embedded, **given, file_name="stopped", resume="continue")
+    assert len(asked) == 3 + 5 + 2 and path != other
+    assert not list(loras.parent.rglob("answers/*.safetensors"))
+    *_, straight, _ = train(embedded, **given, file_name="straight")
+    found, expected = load_file(path), load_file(straight)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_teacher_that_teaches_nothing_or_in_another_language_is_refused(embedded, teacher, tiny, loras):
     latents, conditioning = drawn_by(teacher, embedded, ["a star"])
     given = {"clip": embedded.clip, "latents": latents, "conditioning": conditioning}

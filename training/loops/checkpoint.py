@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..data.cache import digest
 from ..errors import IncompatibleCheckpoint, TrainingError
 from ..formats.adapters import save_adapter
 from ..formats.metadata import AdapterMetadata, build_metadata
@@ -47,6 +48,17 @@ SPARE_BYTES = 16 * 2**20
 DISK_FACTOR = 12
 
 
+def free(config: RunConfig) -> set[str]:
+    """The options that a continued run with this configuration may change."""
+    return FREE - {"steps"} if config.depends_on_steps else FREE
+
+
+def key_of(config: RunConfig, identity: Mapping[str, Any]) -> str:
+    """A hash of all that a continued run may not change."""
+    fixed = {name: value for name, value in to_table(config).items() if name not in free(config)}
+    return digest(json.dumps([fixed, dict(identity)], sort_keys=True, default=str))
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a checkpoint says of itself, read without its tensors."""
@@ -58,9 +70,8 @@ class Stored:
 
     def differences(self, config: RunConfig, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """What forbids to continue with other options: (was, is) by dotted name. Nothing = the same run."""
-        free = FREE - {"steps"} if config.depends_on_steps else FREE
         pairs = differences({**self.config, **self.identity}, {**to_table(config), **identity})
-        return {name: pair for name, pair in pairs.items() if name not in free}
+        return {name: pair for name, pair in pairs.items() if name not in free(config)}
 
 
 class RunDirectory:

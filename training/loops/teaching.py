@@ -40,6 +40,10 @@ class Answers:
         rows = load_file(self.path(place.step))[str(place.micro)]
         return rows[place.share.rows]
 
+    def __len__(self) -> int:
+        """Of how many steps they are there."""
+        return sum(1 for _ in self.folder.glob(f"{self.key}*.safetensors"))
+
     def forget(self) -> None:
         """Deletes them."""
         for file in self.folder.glob("*.safetensors"):
