@@ -37,7 +37,15 @@ class PGSBDistiller(io.ComfyNode):
                 "lightning",
             ],
             is_output_node=True,
-            inputs=[*links(), *plain(), *advanced(), *training(), *sampling(), *keeping(), *fitting()],
+            inputs=[
+                *links(),
+                *plain(),
+                *advanced(),
+                *training(),
+                *sampling("the resolution above"),
+                *keeping(),
+                *fitting(),
+            ],
             outputs=[
                 LORA.Output("lora", tooltip="The student, for Load Style LoRA, and then One-Step Sampler."),
                 LOSS_MAP.Output("losses", tooltip="The loss of every step, for ComfyUI's Plot Loss Graph."),

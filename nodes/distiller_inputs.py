@@ -36,8 +36,8 @@ def plain() -> list[io.Input]:
             default="",
             multiline=True,
             placeholder="{circle|star} in {jazz|opera} style",
-            tooltip="What to learn from, one prompt a line, with alternatives in braces. Each line is as likely as any "
-            "other. A line that begins with # is left out.",
+            tooltip="What to learn from, one prompt a line, with alternatives in braces, which cannot be within each "
+            "other. Each line is as likely as any other. A line that begins with # is left out.",
         ),
         io.String.Input(
             "negatives",
@@ -45,7 +45,7 @@ def plain() -> list[io.Input]:
             multiline=True,
             placeholder="blurry, low quality",
             tooltip="NASA-T: negative prompts, one a line, which the teacher is guided away from, and the student "
-            "inside its attention. Empty: none.",
+            "inside its attention. Braces stand for alternatives here, too. Empty: none.",
         ),
         io.Int.Input(
             "steps", default=2000, min=1, max=1_000_000, tooltip="Updates of the student. The paper: 40,000 on SD2.1."
@@ -53,7 +53,7 @@ def plain() -> list[io.Input]:
         io.Float.Input(
             "learning_rate",
             default=1e-4,
-            min=0.0,
+            min=1e-9,
             max=10.0,
             step=1e-6,
             round=1e-9,
@@ -102,7 +102,7 @@ def plain() -> list[io.Input]:
             default=512,
             min=16,
             max=8192,
-            step=8,
+            step=16,
             tooltip="Side in pixels of the pictures that are learned: 512 for SD1.5, 1024 for SDXL, SD3 and FLUX, 128 "
             "for the embedded model.",
         ),
@@ -167,7 +167,7 @@ def advanced() -> list[io.Input]:
         io.Float.Input(
             "time",
             default=1.0,
-            min=0.0,
+            min=0.001,
             max=1.0,
             step=0.001,
             round=0.0001,
@@ -178,13 +178,19 @@ def advanced() -> list[io.Input]:
             "lowest_time",
             default=0.02,
             min=0.0,
-            max=1.0,
+            max=0.99,
             step=0.01,
             advanced=True,
             tooltip="The least noise in which the student's pictures are judged, as a share of the teacher's time.",
         ),
         io.Float.Input(
-            "highest_time", default=0.98, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="The most of that noise."
+            "highest_time",
+            default=0.98,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="The most of that noise, above lowest_time.",
         ),
         io.Boolean.Input(
             "guidance_by_sample",
@@ -223,7 +229,7 @@ def advanced() -> list[io.Input]:
         io.Float.Input(
             "fake_learning_rate",
             default=1e-3,
-            min=0.0,
+            min=1e-9,
             max=10.0,
             step=1e-5,
             round=1e-9,

@@ -5,7 +5,8 @@ from comfy_api.latest import io
 from .bridge.sampling import SAMPLERS, SCHEDULERS
 
 
-def sampling() -> list[io.Input]:
+def sampling(side: str = "the dataset's resolution") -> list[io.Input]:
+    """``side``: what a width or height of 0 means, for the tooltips."""
     return [
         io.Combo.Input(
             "sample_sampler",
@@ -49,7 +50,7 @@ def sampling() -> list[io.Input]:
             step=16,
             optional=True,
             advanced=True,
-            tooltip="Width of the sample pictures in pixels. 0 = the dataset's resolution.",
+            tooltip=f"Width of the sample pictures in pixels. 0 = {side}.",
         ),
         io.Int.Input(
             "sample_height",
@@ -59,6 +60,6 @@ def sampling() -> list[io.Input]:
             step=16,
             optional=True,
             advanced=True,
-            tooltip="Height of the sample pictures in pixels. 0 = the dataset's resolution.",
+            tooltip=f"Height of the sample pictures in pixels. 0 = {side}.",
         ),
     ]

@@ -218,3 +218,15 @@ def test_a_loss_that_is_no_number_stops_the_run(distil, embedded, monkeypatch):
     monkeypatch.setattr(score_passes, "student_loss", lambda *args: loss(*args) * math.nan)
     with pytest.raises(NonFiniteLoss, match="step 1"):
         distil()
+
+
+def test_widgets_offer_no_value_that_the_run_refuses():
+    from stylewright.nodes.distiller import PGSBDistiller
+    from stylewright.training.loops.distil_config import DistilConfig
+
+    inputs = {each.id: each for each in PGSBDistiller.define_schema().inputs}
+    for name in ("learning_rate", "fake_learning_rate", "time", "steps", "fake_rank", "fake_alpha"):
+        DistilConfig(**{name: inputs[name].min})
+    DistilConfig(lowest_time=inputs["lowest_time"].max, highest_time=1.0)
+    DistilConfig(highest_time=inputs["highest_time"].min, lowest_time=0.0)
+    assert "dataset" not in inputs["sample_width"].tooltip + inputs["sample_height"].tooltip
