@@ -11,7 +11,7 @@ from ..training.concepts.boxes import BoxOptions, cut
 from ..training.concepts.crops import CropOptions
 from ..training.concepts.drawing import draw_found
 from ..training.concepts.locate import Search
-from ..training.concepts.phrases import lines_of, read_phrases
+from ..training.concepts.phrases import lines_of, read_phrases, repeated
 from ..training.concepts.reference import Locate, competing, find, items_found
 from ..training.data.images import check_pixels
 from ..training.data.items import Item
@@ -130,7 +130,7 @@ class ConceptCrops(io.ComfyNode):
         phrases = read_phrases(prompt, content_phrases, style_phrases)
         how = BoxOptions(threshold, share, padding, shape, least_side)
         parts = CropOptions(whole_share or None, variants, jitter, outside_weight)
-        given = _masks(masks, lines_of(masked_phrases) or phrases.content)
+        given = _masks(masks, lines_of(masked_phrases), phrases.content)
         search = Search(noises=noises, seed=seed)
         asked = {"picture": picture, "prompt": phrases.prompt, "search": search, "resolution": resolution}
         locate = _locator(model, clip, vae, by=locate_by, **asked)
@@ -143,9 +143,17 @@ class ConceptCrops(io.ComfyNode):
         return io.NodeOutput(dataset, preview, crops, _summary(items))
 
 
-def _masks(masks: Tensor | None, phrases: tuple[str, ...]) -> dict[str, Tensor]:
+def _masks(masks: Tensor | None, named: tuple[str, ...], content: tuple[str, ...]) -> dict[str, Tensor]:
+    """Masks by phrase: of those that are named, or of all. ValueError where they are not as many."""
     if masks is None:
+        if named:
+            raise ValueError(
+                f"masked_phrases names {', '.join(named)}, and no masks are linked: link them, or empty it"
+            )
         return {}
+    if twice := repeated(named):
+        raise ValueError(f"masked_phrases names {', '.join(map(repr, twice))} twice: each phrase has one mask")
+    phrases = named or content
     batch = masks[None] if masks.ndim == 2 else masks
     if len(batch) != len(phrases):
         raise ValueError(

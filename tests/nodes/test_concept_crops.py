@@ -172,6 +172,11 @@ def test_a_planted_attention_is_where_the_box_is():
         ({"masks": torch.ones(2, 64, 100)}, "mask of 'star' is 100x64, the picture 128x128"),
         ({"masks": truth(0)[None]}, r"1 masks for 2 phrases \(star, house\)"),
         ({"masks": truth(0)[None], "masked_phrases": "tree"}, "masks of what is no content phrase: 'tree'"),
+        (
+            {"masks": torch.stack([truth(0)] * 3), "masked_phrases": "star\nstar\nhouse"},
+            "masked_phrases names 'star' twice",
+        ),
+        ({"masked_phrases": "star"}, "masked_phrases names star, and no masks are linked"),
         ({"masks": truth(0)[None], "masked_phrases": "star"}, "nothing tells where 'house' is"),
         ({"model": object()}, "needs its text encoder and VAE: link clip and vae"),
         ({"image": torch.rand(2, 16, 16, 3)}, "there are 2 pictures"),

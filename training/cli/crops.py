@@ -40,12 +40,15 @@ def crops(
     from ..concepts.boxes import BoxOptions
     from ..concepts.crops import CropOptions
     from ..concepts.drawing import draw_found
-    from ..concepts.phrases import read_phrases
+    from ..concepts.phrases import read_phrases, repeated
     from ..concepts.reference import find, items_found
     from ..data.images import open_image, open_mask
 
     pixels, phrases = open_image(picture), read_phrases(prompt, "\n".join(content), "\n".join(style))
-    masks = {phrase: open_mask(Path(file))[0] for phrase, file in map(_pair, mask or [])}
+    files = [_pair(text) for text in mask or []]
+    if twice := repeated([phrase for phrase, _ in files]):
+        raise ValueError(f"--mask names {', '.join(map(repr, twice))} twice: each phrase has one mask")
+    masks = {phrase: open_mask(Path(file))[0] for phrase, file in files}
     locate = None
     if any(phrase not in masks for phrase in phrases.content):
         locate = _locator(model, components, device, pixels, phrases, resolution, seed, locate_by)

@@ -31,7 +31,7 @@ class Phrases:
         if not self.style:
             raise ValueError("there is no style phrase: write the words that name the style, such as 'flat cartoon'")
         known = [*self.content, *self.style]
-        if twice := sorted({phrase for phrase in known if known.count(phrase) > 1}):
+        if twice := repeated(known):
             raise ValueError(f"phrases that are there twice: {', '.join(map(repr, twice))}")
         if strangers := [phrase for phrase in known if place_in(self.prompt, phrase) is None]:
             raise ValueError(
@@ -47,6 +47,11 @@ def read_phrases(prompt: str, content: str, style: str) -> Phrases:
 
 def lines_of(text: str) -> tuple[str, ...]:
     return tuple(one_line(line) for line in text.splitlines() if line.strip())
+
+
+def repeated(phrases: Sequence[str]) -> list[str]:
+    """Those that are there more than once, each once."""
+    return sorted({phrase for phrase in phrases if phrases.count(phrase) > 1})
 
 
 def place_in(prompt: str, phrase: str) -> tuple[int, int] | None:

@@ -61,6 +61,7 @@ def test_a_model_finds_what_has_no_mask(by, files, capsys):
     ("more", "message"),
     [
         (["--mask", "star"], "expected PHRASE=FILE"),
+        (["--mask", "star=a.png", "--mask", "star=b.png"], "--mask names 'star' twice: each phrase has one mask"),
         (["--content", "boat"], "no part of the prompt: 'boat'"),
         (["--locate-by", "luck"], "cannot be located by 'luck': expected one of attention, prediction error"),
     ],
