@@ -1,6 +1,6 @@
 """Teaches the embedded model, which knows pictures of one subject, pictures of several: a LoRA for other benchmarks.
 
-    python benchmarks/several_subjects.py --steps 4000 --work work/several
+    python benchmarks/several_subjects.py --steps 5500 --work work/several
 
 It goes on where it stopped, and leaves ``several.safetensors`` in the folder. The pooled vector names all subjects of
 a prompt, but none of their places; it is left out of most samples, so that the model learns to attend to words.
@@ -133,8 +133,8 @@ def learn(host: Host, text: torch.nn.Module, data: dict[str, Tensor], step: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of pictures, checkpoint and adapter")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--pictures", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--pictures", type=int, default=5120)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
