@@ -90,15 +90,18 @@ class StyleInjectToLoRA(io.ComfyNode):
         from ..training.formats.resizing import write_file
         from .bridge.adapters import chosen
         from .bridge.approximating import Scene, approximated
-        from .bridge.files import free_adapter_path, refresh_adapter_names
+        from .bridge.files import adapter_pattern, free_adapter_path, refresh_adapter_names
         from .bridge.previews import show_text
 
         adapter = chosen(stated(lora_name), lora)
+        words = {"rank": str(rank), "style": adapter.style_phrase}
+        if file_name.strip():
+            adapter_pattern(file_name, words)  # before any work
         brush = Brush(sampler_name, scheduler, steps, cfg, seed)
         made, summary = approximated(model, adapter, Scene(positive, negative, latent_image), brush, rank)
         lines = [f"{adapter.name}: {summary}", describe(made.file)]
         if file_name.strip():
-            path = free_adapter_path(file_name, {"rank": str(rank), "style": made.style_phrase})
+            path = free_adapter_path(file_name, words)
             write_file(path, made.file)
             refresh_adapter_names()
             lines.insert(1, f"saved as {path.name}")

@@ -24,6 +24,7 @@ from .adapters import AdapterTensors, Strengths, apply_adapter, refuse_foreign, 
 from .families import family_of, model_name
 from .hooked import Placed, hook, placed_layers
 from .sampling import Brush, draw_from
+from .style_inject import StyleInject
 from .windowed import windowed_adapters
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def approximated(
     family, placed = family_of(model), placed_layers(model, lora.file)
     if unfit := [*placed.homeless, *placed.missized]:
         raise ValueError(f"{lora.name} adapts layers that {model_name(model)} does not have so, such as {unfit[0]}")
+    if _wears(model, placed):
+        raise ValueError(f"the model has {lora.name} on it already, and is to be the one without it: link that model")
     positive, negative = (_settled(conditioning) for conditioning in (scene.positive, scene.negative))
     empty = settle(scene.latent["samples"])
 
@@ -76,6 +79,18 @@ def approximated(
         near = draw(apply_adapter(model, None, made, Strengths(), warn=logger.warning).model)
         found = replace(found, distance=distance_of(near, drawn, draw(model)))
     return AdapterTensors(approximated_file(lora.file, found)), found.summary()
+
+
+def _wears(model: comfy.model_patcher.ModelPatcher, placed: Placed) -> bool:
+    """Whether one of the adapters on a model has the down-projections of these layers, at whatever strength."""
+    ours = {place: layer.tensors["styleinject_A"] for place, layer in placed.layers.values()}
+    terms = [each for adapter in windowed_adapters(model) for each in adapter.terms]
+    return any(
+        place in ours
+        and isinstance(term, StyleInject)
+        and torch.equal(term.a.cpu(), ours[place].to("cpu", term.a.dtype))
+        for place, term in terms
+    )
 
 
 def _fitted(

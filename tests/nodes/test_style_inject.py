@@ -405,3 +405,32 @@ def test_a_lora_in_its_place_loads_everywhere_and_says_what_is_lost(family, apar
     assert torch.equal(draw(model), base)
     with pytest.raises(ValueError, match="is a change of weights already"):
         approximated(model, made, scene, Brush(steps=1), rank=4)
+
+
+def test_a_model_that_wears_the_adapter_is_no_base_to_fit_on(tiny, tiny_prompt, tmp_path):
+    from stylewright.nodes.bridge.approximating import Scene, approximated
+    from stylewright.nodes.bridge.sampling import Brush
+
+    model, draw, settings = tiny("flux"), Draw("flux", tiny_prompt), config("flux")
+    lora, other = (stored(model, settings, "flux", tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1))
+    scene, brush = Scene(draw.positive, draw.negative, {"samples": torch.zeros(draw.shape)}), Brush(steps=1)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"has 0\.safetensors on it already, and is to be the one without it"):
+            approximated(apply(model, lora, strength=0.5), lora, scene, brush, rank=4)
+        approximated(apply(model, other), lora, scene, brush, rank=4)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/x", "t/a:b*?"])
+def test_a_file_name_is_checked_before_any_work(name, tiny, tmp_path, monkeypatch):
+    from one_step_runs import hidden
+
+    from stylewright.nodes.bridge import approximating
+    from stylewright.nodes.lora_approximate import StyleInjectToLoRA
+    from stylewright.nodes.lora_file_input import NO_FILE
+
+    monkeypatch.setattr(approximating, "approximated", lambda *_: pytest.fail("it was fitted"))
+    lora = stored(tiny("flux"), config("flux"), "flux", tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="the file name"):
+        hidden(StyleInjectToLoRA).execute(
+            None, NO_FILE, [], [], {}, 4, 0, 1, 1.0, "euler", "simple", name, lora
+        )  # fmt: skip

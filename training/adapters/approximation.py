@@ -69,7 +69,7 @@ def approximate(
     ValueError for another method, and where no layer was reached.
     """
     if config.method != STYLE_INJECT:
-        raise ValueError(f"a {config.method} adapter is a change of weights already, and needs no approximation")
+        raise ValueError(f"the adapter's method is {config.method}, and this is for {STYLE_INJECT} alone")
     config = replace(config, targets=exactly(names), dropout=0.0)
     fitted: dict[str, tuple[Tensor, Tensor]] = {}
     lost: dict[str, float] = {}

@@ -27,6 +27,7 @@ def approximate(
     Prompts get the adapter's style phrase.
     """
     from ..adapters.approximation import approximate as nearest
+    from ..adapters.methods import STYLE_INJECT
     from ..formats.adapters import loaded_from
     from ..formats.approximating import approximated_file
     from ..formats.contents import read_adapter
@@ -35,9 +36,13 @@ def approximate(
     from ..hosts.loading import load_host
     from .train import device_of
 
+    if target.exists():
+        raise ValueError(f"{target} is there already: name a file to make")
     file = read_adapter(source)
     if not file.unmergeable:
         raise ValueError(f"{source} is a change of weights already: it loads everywhere as it is")
+    if methods := {layer.method for layer in file.layers.values()} - {STYLE_INJECT}:
+        raise ValueError(f"{source} is a {methods.pop()} adapter, and this is for StyleInject: no LoRA is known for it")
     host = load_host(model, device_of(device), components=components)
     family = host.denoiser.family
     if file.family != family:

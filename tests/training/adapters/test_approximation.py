@@ -75,5 +75,5 @@ def test_what_is_lost_is_said_and_more_rank_loses_less(injection):
 
 def test_other_adapters_are_refused():
     net, _, _, _, draw = case(1, "lora")
-    with pytest.raises(ValueError, match="a lora adapter is a change of weights already"):
+    with pytest.raises(ValueError, match="method is lora, and this is for styleinject alone"):
         approximate(net, AdapterConfig(rank=2), {}, [], draw, family="other", rank=2)
