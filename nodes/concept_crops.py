@@ -48,7 +48,7 @@ class ConceptCrops(io.ComfyNode):
                     default="",
                     multiline=True,
                     placeholder="a woman\na laptop\na potted plant",
-                    tooltip="What is shown, one phrase a line, word by word as in the prompt. Each gets crops.",
+                    tooltip="What is shown, one phrase a line, the words of the prompt, in any case. Each gets crops.",
                 ),
                 io.String.Input(
                     "style_phrases",
