@@ -8,6 +8,7 @@ from .bridge.one_step import check_conditionings, draw, fitting_latent, in_float
 from .bridge.one_step_plan import Wishes, plan, sized_latent
 from .bridge.previews import show_text
 from .bridge.sound import check_fits
+from .bridge.students import several_students
 from .one_step_inputs import level_widgets
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class OneStepSampler(io.ComfyNode):
         check_fits(model, {"positive": positive, **({"negative": negative} if negative and cfg != 1 else {})})
         made = plan(model, Wishes(preset, steps, levels, unit, denoise, between_steps, start))
         begun = fitting_latent(model, latent) if latent else sized_latent(model, made, width, height, batch_size)
-        notes = []
+        notes = several_students(model)
         if latent and not made.visible and "noise_mask" not in begun and is_picture(begun):
             notes.append("hardly anything of the given picture is left at this level: lower denoise")
         if made.float32:
@@ -144,7 +145,8 @@ class OneStepSamplerParts(io.ComfyNode):
         start: str,
     ) -> io.NodeOutput:
         made = plan(model, Wishes(preset, steps, levels, unit, denoise, between_steps, start))
-        notes = [f"{note}: put ModelComputeDtype with fp32 before the guider" for note in made.notes]
+        notes = several_students(model)
+        notes += [f"{note}: put ModelComputeDtype with fp32 before the guider" for note in made.notes]
         return io.NodeOutput(made.sampler, made.sigmas, say(cls.hidden.unique_id, made.text, notes))
 
 

@@ -151,7 +151,7 @@ def apply_adapter(
     adapted = {layer_of(name) for name in placed}
     idle = [pattern for pattern in strengths.groups if adapted.isdisjoint(groups.layers(pattern))]
     left_out = 0 if clip is not None else sum(name.startswith(TEXT_ENCODER) for name in lora.file.layers)
-    mark(model, lora.file.about)
+    mark(model, lora.name, lora.file.about)
     return Applied(model, clip, len(placed), fitted.homeless, tuple(wrong), tuple(idle), left_out)
 
 

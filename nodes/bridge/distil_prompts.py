@@ -55,6 +55,18 @@ def negatives_of(config: DistilConfig) -> dict[str, Prompts]:
     return {"negative prompts": Prompts(config.negative_prompts)} if config.negative_prompts else {}
 
 
+def own_negatives(prompts: Prompts, config: DistilConfig) -> str:
+    """What is to be said of prompts that are negative prompts, too; "" = nothing, or too many to look at."""
+    for use, negatives in negatives_of(config).items():
+        ours, theirs = may_be_drawn(prompts, config, "prompts"), may_be_drawn(negatives, config, use)
+        if same := [each for each in ours or () if each in (theirs or ())]:
+            return (
+                f"{same[0][:80]!r} is among the prompts and among the negatives: where both are drawn at once, "
+                "the teacher is guided away from what it is asked for"
+            )
+    return ""
+
+
 def may_be_drawn(prompts: Prompts, config: DistilConfig, use: str) -> list[str] | None:
     """The different prompts that a run may draw; None where they are more than MOST."""
     if prompts.count <= MOST:

@@ -29,9 +29,9 @@ from .adapters import read_tensors
 from .against import check_hook, negatives_inside
 from .board import Address
 from .denoiser import ComfyDenoiser
-from .distil_prompts import MOST, encode_before, few
+from .distil_prompts import MOST, encode_before, few, own_negatives
 from .encodings import Encodings
-from .families import model_name
+from .families import model_name, other_side
 from .files import adapter_pattern
 from .host import comfy_host
 from .identity import digest_of_clip, what_acts
@@ -49,6 +49,7 @@ from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, training_session, without_float16
 from .starting import refuse_windowed, try_once
 from .student_start import student_start, undressed
+from .students import other_time, refuse_as_teacher
 from .training import words_of
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
     words = words_of(teacher, job.style_phrase, job.resolution, config.seed, config.adapter)
     filled = adapter_pattern(job.file_name, words)
     refuse_windowed(teacher)
+    refuse_as_teacher(teacher)
     _require_vae(sockets, config)
     encodings = Encodings()
     base, worn, note = undressed(teacher, config.adapter)
@@ -114,7 +116,7 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
         progress.noted(choice.notice)
     if not choice.trains:
         return as_it_is(choice, config, progress)
-    for said in (note, start.said if start else ""):
+    for said in (note, start.said if start else "", *_doubts(sockets, job, denoiser)):
         if said:
             progress.noted(said)
     run = choice.run or new_run(job.file_name, filled, DistilConfig)
@@ -148,6 +150,16 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
     progress.finished(f"{result.steps_done} steps, saved {path.name}")
     samples = find_samples(directory.samples, config.sample_prompts, until=config.steps)
     return TrainedAdapter(read_tensors(path), result.losses, path, run.folder, samples, progress.ui())
+
+
+def _doubts(sockets: DistilSockets, job: DistilJob, denoiser: ComfyDenoiser) -> list[str]:
+    """What can be meant, and more often is not."""
+    called = one_step_of(denoiser.clock, denoiser.prediction, job.config.time)
+    return [
+        other_time(sockets.student, called) if sockets.student is not None else "",
+        other_side(sockets.teacher, job.resolution),
+        own_negatives(job.prompts, job.config),
+    ]
 
 
 def _require_vae(sockets: DistilSockets, config: DistilConfig) -> None:

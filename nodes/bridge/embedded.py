@@ -9,12 +9,13 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...training.embedded.renderer import SIZE
 from ...training.embedded.text import TextEncoder
 from ...training.embedded.vocabulary import PAD, SLOTS, WORDS, explain_unknown, tokenize
 from ...training.embedded.weights import Weights
 from ...training.noise import PUBLISHED_TOKENS
 from .adapters import Strengths, apply_adapter, read_tensors
-from .families import REFERENCE_TOKENS
+from .families import REFERENCE_TOKENS, SIDE
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def load_embedded(weights: Weights | None = None, *, one_step: bool = False) -> 
             )
     model = comfy.sd.load_diffusion_model(str(weights.transformer))
     model.set_attachments(REFERENCE_TOKENS, PUBLISHED_TOKENS)
+    model.set_attachments(SIDE, SIZE)
     if one_step:
         model = apply_adapter(model, None, read_tensors(weights.student), Strengths(), warn=logger.warning).model
     return EmbeddedModel(

@@ -8,6 +8,7 @@ from ...training.formats.keys import UNET_LAYERS
 
 # Attachment of a MODEL whose laws of the noise level are stated for pictures of so many image tokens.
 REFERENCE_TOKENS = "stylewright.reference_tokens"
+SIDE = "stylewright.side"  # attachment of a MODEL that draws pictures of one size alone: their side in pixels
 OTHER = "other"  # a class of ComfyUI's that is younger than this table
 
 # comfy.supported_models class -> family, of the target presets and in the files of adapters. A class counts for what
@@ -202,6 +203,14 @@ def smallest_side(model: comfy.model_patcher.ModelPatcher) -> int:
 def reference_tokens(model: comfy.model_patcher.ModelPatcher) -> int | None:
     """Image tokens that laws of the noise level are stated for, carried to those of the pictures. None = for any."""
     return model.get_attachment(REFERENCE_TOKENS)
+
+
+def other_side(model: comfy.model_patcher.ModelPatcher, side: int) -> str:
+    """What is to be said of pictures of another side than a model's own; "" = nothing, or it states none."""
+    own = model.get_attachment(SIDE)
+    if own in (None, side):
+        return ""
+    return f"this model draws pictures of {own} pixels, and resolution is {side}, which it has never learned: set {own}"
 
 
 def unet_layers(model: comfy.model_patcher.ModelPatcher) -> int:

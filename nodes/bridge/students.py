@@ -5,26 +5,74 @@ from typing import Any
 
 import comfy.model_patcher
 
+from ...training.data.captions import listed
 from ...training.formats.metadata import AdapterMetadata
 from ...training.one_step_presets import OneStepPreset, student_preset
 from .families import family_of
 
-STUDENT = "stylewright.student"  # attachment of a MODEL: the student's family, side and ``one_step``
+# Attachment of a MODEL: the student's family, side and ``one_step``, and the names of all students' files on it.
+STUDENT = "stylewright.student"
 
 
-def mark(model: comfy.model_patcher.ModelPatcher, about: AdapterMetadata | None) -> None:
+def mark(model: comfy.model_patcher.ModelPatcher, name: str, about: AdapterMetadata | None) -> None:
     """Notes on a clone of ours that a student was put on it. Nothing happens for an adapter that is none."""
     if about is not None and about.one_step:
-        side = about.resolution or 1024
-        model.set_attachments(STUDENT, {"family": about.family, "side": side, "one_step": about.one_step})
+        side, names = about.resolution or 1024, (*students_on(model), name)
+        noted = {"family": about.family, "side": side, "one_step": about.one_step, "names": names}
+        model.set_attachments(STUDENT, noted)
+
+
+def students_on(model: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
+    """The names of the students' files on a model, the first one first, as far as their files say that they are."""
+    noted = _noted(model)
+    return () if noted is None else tuple(noted.get("names", ()))
+
+
+def several_students(model: comfy.model_patcher.ModelPatcher) -> list[str]:
+    """What is to be said of a model with more than one student on it."""
+    names = students_on(model)
+    if len(names) < 2:
+        return []
+    return [
+        f"{len(names)} one-step students are on this model ({', '.join(names)}), each of which is the whole way from "
+        "noise to a picture: together they draw noise. Take all but one off"
+    ]
+
+
+def refuse_as_teacher(model: comfy.model_patcher.ModelPatcher) -> None:
+    """ValueError for a model that draws in one step already."""
+    if _noted(model) is not None:
+        name = listed(list(students_on(model))) or "an adapter"
+        raise ValueError(
+            f"the teacher has a one-step student on it ({name}), which draws in no more steps than one: link the model "
+            "without it as the teacher, and the model with it as the student, to begin with it"
+        )
+
+
+def other_time(student: comfy.model_patcher.ModelPatcher, called: Mapping[str, Any]) -> str:
+    """What is to be said of a student that was made for another time than that of ``called``; "" = nothing."""
+    noted = _noted(student)
+    if noted is None or noted["one_step"]["unit"] != called["unit"]:
+        return ""
+    theirs, ours, unit = noted["one_step"]["level"], called["level"], called["unit"]
+    if abs(theirs - ours) <= 1e-3 * max(abs(theirs), abs(ours)):
+        return ""
+    return (
+        f"the linked student is called at {unit} {theirs:g}, and this run's at {ours:g}: what it has learned is for "
+        "another time. Set time as that of its run, or let the student learn anew for this one"
+    )
 
 
 def preset_of(model: comfy.model_patcher.ModelPatcher) -> OneStepPreset:
     """How the student on this model is called. ValueError where there is none, or one of another family."""
-    noted: Mapping[str, Any] | None = model.get_attachment(STUDENT)
+    noted = _noted(model)
     if noted is None:
         raise ValueError(
             "no file on this model says that it is a one-step student: put one on by Load Style LoRA or switch "
             "one_step on in Embedded Model, or choose a preset"
         )
     return student_preset(family_of(model), noted["side"], noted["one_step"])
+
+
+def _noted(model: comfy.model_patcher.ModelPatcher) -> Mapping[str, Any] | None:
+    return model.get_attachment(STUDENT)

@@ -107,8 +107,11 @@ def test_a_student_is_where_the_run_begins(loader, distil, embedded):
 
 
 def test_the_teachers_loras_are_in_the_students_file(distil, embedded):
+    import comfy.sd
+
     style, *_ = distil(ema_decay=0.0, file_name="style", seed=5)
-    teacher, short = with_lora(embedded.model, style), {"learning_rate": 1e-12, "steps": 1, "ema_decay": 0.0}
+    teacher = comfy.sd.load_lora_for_models(embedded.model, None, dict(style), 1.0, 0.0)[0]  # which tells no student
+    short = {"learning_rate": 1e-12, "steps": 1, "ema_decay": 0.0}
     lora, *_ = distil(teacher=teacher, file_name="of_style", **short)
     before, after = effect(style), effect(lora)
     assert all(torch.allclose(after[name], change, atol=1e-6) for name, change in before.items())
@@ -193,6 +196,43 @@ def test_a_student_that_is_none_is_refused(distil, embedded, tiny):
     model.add_patches({key: ("diff", (torch.ones(768, 256),))})
     with pytest.raises(ValueError, match=r"'diff' on diffusion_model.double_blocks.0"):
         distil(student=model)
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    """What the node says beside its results."""
+    from stylewright.nodes.bridge.previews import TrainingProgress
+
+    said, noted = [], TrainingProgress.noted
+    monkeypatch.setattr(TrainingProgress, "noted", lambda self, note: said.append(note) or noted(self, note))
+    return said
+
+
+def test_a_one_step_student_is_no_teacher(distil, embedded):
+    first, *_ = distil()
+    with pytest.raises(ValueError, match=r"the teacher has a one-step student on it \(mine_00001_\.safetensors\)"):
+        distil(teacher=with_lora(embedded.model, first))
+
+
+def test_a_student_of_another_time_is_said(distil, embedded, notes):
+    first, *_ = distil(time=0.4)
+    student = with_lora(embedded.model, first)
+    distil(student=student, time=0.4, file_name="same")
+    assert not any("another time" in note for note in notes)
+    distil(student=student, file_name="other")
+    assert any("called at sigma 0.4, and this run's at 1: " in note for note in notes)
+
+
+def test_negatives_that_are_prompts_are_said(distil, notes):
+    distil(negatives="circle")
+    assert not any("negatives" in note for note in notes)
+    distil(negatives="{circle|house}", file_name="same")
+    assert any("'house' is among the prompts and among the negatives" in note for note in notes)
+
+
+def test_another_size_than_the_models_is_said(distil, notes):
+    distil(resolution=32)
+    assert any("draws pictures of 128 pixels, and resolution is 32" in note for note in notes)
 
 
 def test_a_student_on_layers_that_are_not_adapted_is_refused(distil, embedded):

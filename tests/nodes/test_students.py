@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from one_step_runs import calls_of, one_step
+from one_step_runs import DEFAULTS, calls_of, hidden, one_step
 
 pytestmark = pytest.mark.comfy
 
@@ -89,3 +89,21 @@ def test_the_loader_marks_the_model_and_a_plain_adapter_does_not(shipped):
         applied = apply_adapter(plain, None, read_tensors(Weights().student), Strengths(), warn=print)
     assert applied.layers > 40 and not applied.homeless and not applied.missized
     assert applied.model.get_attachment(STUDENT) and plain.get_attachment(STUDENT) is None
+
+
+def test_two_students_on_a_model_are_said(shipped, caplog):
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter, read_tensors
+    from stylewright.nodes.one_step import OneStepSamplerParts
+    from stylewright.training.embedded.weights import Weights
+
+    model, clip, _ = shipped
+    with torch.inference_mode():
+        two = apply_adapter(model, None, read_tensors(Weights().student), Strengths(), warn=print).model
+    one_step(model, encoded(clip, "tree"), preset=OF_STUDENT)
+    assert "students" not in caplog.text
+    for preset in (OF_STUDENT, PRESET):
+        caplog.clear()
+        one_step(two, encoded(clip, "tree"), preset=preset)
+        assert "2 one-step students are on this model (student.safetensors, student.safetensors)" in caplog.text
+    _, _, said = hidden(OneStepSamplerParts).execute(two, **DEFAULTS | {"preset": OF_STUDENT}).args
+    assert "2 one-step students" in said
