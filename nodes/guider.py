@@ -52,7 +52,7 @@ class StyleGuider(io.ComfyNode):
         base: object,
         positive: list,
         negative: list,
-        rule: dict[str, Any],
+        rule: dict[str, Any] | None = None,  # where ComfyUI does not know the one that a saved graph states
         style_window: str = ALL_LEVELS,
         style_window_low: float = -WIDEST,
         style_window_high: float = -6.5,
@@ -66,14 +66,14 @@ class StyleGuider(io.ComfyNode):
         from .prompt_switch import warner
 
         check_conditionings({"positive": positive, "negative": negative})
-        guidance = guidance_of(rule)
+        stated, guidance = guidance_of(rule)
         windows = Windows(
             window_of(style_window, model, style_window_low, style_window_high, edge=0.0, outside=0.0),
             window_of(text_window, model, text_window_low, text_window_high, edge=0.0, outside=0.0),
         )
         guider = guider_of(model, base, guidance, windows, warner(cls.hidden.unique_id))
         guider.set_conds(positive, negative)
-        info = f"{rule['rule']}: {guider.sentence()}"
-        logger.info(info)
+        info = f"{stated}: {guider.sentence()}"
+        (logger.warning if guider.notice else logger.info)(info)
         show_text(cls.hidden.unique_id, info)
         return io.NodeOutput(guider, info)

@@ -62,7 +62,10 @@ def _scale(name: str, default: float, tooltip: str) -> io.Input:
     return io.Float.Input(name, default=default, min=-20.0, max=100.0, step=0.1, round=0.001, tooltip=tooltip)
 
 
-def guidance_of(rule: dict[str, Any]) -> "Guidance":
-    """The rule that the widgets state. ValueError for scales that are no numbers."""
-    name = rule["rule"]
-    return RULES[name](*(rule[scale] for scale, _, _ in SCALES[name]))
+def guidance_of(rule: dict[str, Any] | None) -> "tuple[str, Guidance]":
+    """The name of the rule that the widgets state, and what it is. ValueError for none that is known, and for scales
+    that are no numbers."""
+    name = rule["rule"] if rule else None
+    if rule is None or name not in SCALES:
+        raise ValueError(f"the rule is not one of {', '.join(SCALES)}: choose one of them")
+    return name, RULES[name](*(rule[scale] for scale, _, _ in SCALES[name]))

@@ -17,8 +17,9 @@ from torch import Tensor
 from ...training.guidance import Guidance, combined
 from ...training.windows import Window
 from .families import latents_per_token
-from .noise_levels import levels_of
+from .noise_levels import NoiseLevels, levels_of
 from .pairs import Pair, Patcher, alone, pair_of, twin
+from .windowed import missed
 from .windowed import sentence as where
 
 # By which nodes act on CFG: where one of them is there, its two predictions are made whatever their weights.
@@ -40,6 +41,11 @@ class Windows:
     style: Window | None = None
     text: Window | None = None
 
+    @property
+    def named(self) -> list[tuple[str, Window]]:
+        """Those that there are."""
+        return [(what, window) for what, window in (("style", self.style), ("text", self.text)) if window is not None]
+
 
 def guider_of(
     model: Patcher, base: Patcher, guidance: Guidance, windows: Windows, warn: Callable[[str], None]
@@ -48,21 +54,18 @@ def guider_of(
 
     Where a rule needs one of the two models only, that model is sampled as it is.
     """
-    if not guidance.added_style:
-        pair = alone(base if guidance.of_base else model)
-    else:
-        pair = pair_of(model, base, warn)
-        if not pair.differ:
-            warn("model and base are the same: there is no adapter whose style could be strengthened")
-    return StyleGuider(pair, guidance, windows)
+    needs_one = not guidance.added_style
+    pair = alone(base if guidance.of_base else model) if needs_one else pair_of(model, base, warn)
+    return StyleGuider(pair, guidance, windows, warn)
 
 
 class StyleGuider(comfy.samplers.CFGGuider):
     """``cfg`` is 1 + the scale of the text, so that what changes a guider's scale changes that."""
 
-    def __init__(self, pair: Pair, guidance: Guidance, windows: Windows) -> None:
+    def __init__(self, pair: Pair, guidance: Guidance, windows: Windows, warn: Callable[[str], None]) -> None:
         super().__init__(pair.model)
-        self._pair, self._guidance, self._windows = pair, guidance, windows
+        self._pair, self._guidance, self._windows, self._warn = pair, guidance, windows, warn
+        self._judged: Tensor | None = None  # the sigmas of the last run of a sampler
         self._per_token = latents_per_token(pair.model) ** 2
         self.set_cfg(1 + guidance.text)
 
@@ -74,7 +77,7 @@ class StyleGuider(comfy.samplers.CFGGuider):
         seed: int | None = None,
     ) -> Tensor:
         """The guided x0 (b, c, h, w) for ComfyUI's x and sigma (b,)."""
-        guidance = self._acting(x, timestep)
+        guidance = self._acting(x, timestep, model_options)
         weights, of_base = guidance.weights, guidance.of_base
         predict = partial(self._predict, x, timestep, model_options)
         if not (weights.base if of_base else weights.adapted) and not any(model_options.get(name) for name in ON_CFG):
@@ -96,18 +99,29 @@ class StyleGuider(comfy.samplers.CFGGuider):
                 self.inner_model, x, timestep, negative, positive, 1 + guidance.text, options, seed
             )
 
-    def _acting(self, x: Tensor, timestep: Tensor) -> Guidance:
+    def _acting(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Guidance:
         """The rule at a noise level."""
         scales = Guidance(self._guidance.style, self.cfg - 1, self._guidance.of_base)
         if self._windows == Windows():
             return scales
-        log_snr = levels_of(self.inner_model.model_sampling).log_snr(timestep.flatten()[:1])
+        levels = levels_of(self.inner_model.model_sampling)
+        log_snr = levels.log_snr(timestep.flatten()[:1])
         tokens = max(1, x.shape[-1] * x.shape[-2] // self._per_token)
+        self._judge(levels, tokens, model_options.get("transformer_options", {}).get("sample_sigmas"))
 
         def share(window: Window | None) -> float:
             return 1.0 if window is None else window.carried(tokens).strength(log_snr).item()
 
         return scales.times(share(self._windows.style), share(self._windows.text))
+
+    def _judge(self, levels: NoiseLevels, tokens: int, sigmas: Tensor | None) -> None:
+        """Says so where a scale acts at no step of a sampler; once for each run of it."""
+        if sigmas is None or sigmas is self._judged:
+            return
+        self._judged = sigmas
+        for what, window in self._windows.named:
+            if reason := missed(window.carried(tokens), levels, sigmas, f" of the {what}"):
+                self._warn(reason)
 
     def _predict(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any], of_base: bool, prompt: float, null: float
@@ -132,12 +146,16 @@ class StyleGuider(comfy.samplers.CFGGuider):
         positive, negative = ([{**each, "uuid": twin(each["uuid"])} for each in prompts] for prompts in found)
         return positive, negative
 
+    @property
+    def notice(self) -> str:
+        """Why the style's scale may not do what is meant, "" where nothing says so."""
+        return self._pair.notice if self._guidance.added_style else ""
+
     def sentence(self) -> str:
-        """The weights where both scales act, how many predictions that is, and where each scale acts."""
+        """The weights where both scales act, how many predictions that is, where each scale acts, and the notice."""
         weights = Guidance(self._guidance.style, self.cfg - 1, self._guidance.of_base).weights
         acting = [f"{weight:+.4g} {name}" for name, weight in zip(NAMES, weights, strict=True) if weight]
         text = f"{' '.join(acting).removeprefix('+')}; {len(acting)} predictions a call"
-        for what, window in (("style", self._windows.style), ("text", self._windows.text)):
-            if window is not None:
-                text += f"\nthe scale of the {what} {where(self.model_patcher, window)}"
-        return text
+        for what, window in self._windows.named:
+            text += f"\nthe scale of the {what} {where(self.model_patcher, window)}"
+        return f"{text}\n{self.notice}" if self.notice else text

@@ -44,6 +44,15 @@ class Pair:
     def differ(self) -> bool:
         return any(side.wrappers or side.injections for side in (self.adapted, self.base))
 
+    @property
+    def notice(self) -> str:
+        """What is odd about the two, "" where nothing is."""
+        if not self.differ:
+            return "model and base are the same: there is no adapter whose style could be strengthened"
+        if not (self.adapted.wrappers or self.adapted.injections):
+            return "base has an adapter and model has none: if that is not meant, link them the other way round"
+        return ""
+
     @contextmanager
     def as_adapted(self, model_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Inside, calls with the options that it gives are of the adapted model."""

@@ -85,17 +85,22 @@ class WindowedAdapter:
         if sigmas is None or sigmas is self._judged or comfy.model_management.in_training:
             return
         self._judged = sigmas
-        visited = levels.log_snr(sigmas[:-1] if len(sigmas) > 1 else sigmas)
-        if not window.strength(visited).any():
-            self._warn(
-                f"no step of the sampler is in the window: they go from log_snr {visited[0]:.2f} to {visited[-1]:.2f}"
-            )
+        if reason := missed(window, levels, sigmas):
+            self._warn(reason)
 
     def _check(self, reached: set[str]) -> None:
         missing = [place.layer for place, _ in self._terms if place.layer not in reached]
         if missing and not self._all_reached:
             self._warn(f"{len(missing)} layers are not run as modules, so it does nothing there: {listed(missing)}")
         self._all_reached = True  # or it has been said
+
+
+def missed(window: Window, levels: NoiseLevels, sigmas: Tensor, of: str = "") -> str:
+    """Says that no step of a sampler falls into the window, "" where one does. ``of``: whose window it is."""
+    visited = levels.log_snr(sigmas[:-1] if len(sigmas) > 1 else sigmas)
+    if window.strength(visited).any():
+        return ""
+    return f"no step of the sampler is in the window{of}: they go from log_snr {visited[0]:.2f} to {visited[-1]:.2f}"
 
 
 def act_within(

@@ -175,6 +175,18 @@ def test_each_scale_acts_in_its_window(family, rule, calls, tiny, sampler):
     near(found, expected, by_hand(stock(tiny_model(family), lora), model, weights_of(rule), at))
 
 
+def test_a_window_that_no_step_is_in_is_said(tiny, sampler, caplog):
+    at, model = sampler("flux"), tiny("flux")
+    ends = {"style_window": "from window_low to window_high", "style_window_low": 19.0, "style_window_high": 20.0}
+    adapted = stock(model, lora_of(model, LAYERS["flux"]))
+    guided(("FineStyle", 1.0, 2.5), adapted, model, at, **ends)
+    said = [line for line in caplog.messages if "no step of the sampler is in the window of the style" in line]
+    assert len(said) == 1
+    caplog.clear()
+    guided(("FineStyle", 1.0, 2.5), adapted, model, at, **{**ends, "style_window_low": -20.0})
+    assert "no step" not in caplog.text
+
+
 def test_a_scale_by_noise_level_is_the_text_s(tiny, sampler):
     """CFG by Noise Level in front of it."""
     from stylewright.nodes.prompt_switch import CFGByLogSNR
@@ -206,3 +218,23 @@ def test_what_it_says(tiny, tiny_prompt):
     )
     _, info = node(("DCO consistency", 7.5, 3.0), adapted, model, *prompts)
     assert info.endswith("3 adapted(positive) +4.5 base(positive) -6.5 base(negative); 3 predictions a call")
+
+
+def test_it_says_where_the_style_s_scale_has_nothing_to_strengthen(tiny, tiny_prompt):
+    model = tiny("flux")
+    adapted = stock(model, lora_of(model, LAYERS["flux"]))
+    prompts = tiny_prompt("flux", 5, 1), tiny_prompt("flux", 5, 2)
+    rule, same = ("FineStyle", 1.0, 5.5), "\nmodel and base are the same: there is no adapter"
+    for one, other in ((model, model), (adapted, adapted), (adapted, adapted.clone())):
+        assert same in node(rule, one, other, *prompts)[1]
+    assert same not in node(("CFG", 3.5), model, model, *prompts)[1]
+    assert "link them the other way round" in node(rule, model, adapted, *prompts)[1]
+
+
+def test_a_rule_that_is_none_lists_those_that_there_are(tiny, tiny_prompt):
+    """ComfyUI leaves an option away that a saved graph states and no list has."""
+    from stylewright.nodes.guider import StyleGuider
+
+    model, prompt = tiny("flux"), tiny_prompt("flux", 5, 1)
+    with pytest.raises(ValueError, match="the rule is not one of FineStyle, CFG, StyleDrop, DCO consistency"):
+        StyleGuider.execute(model, model, prompt, prompt)
