@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...training.adapters.groups import groups_of, layer_strengths
+from ...training.adapters.methods import UNMERGEABLE
 from ...training.data.captions import listed
 from ...training.formats.contents import AdapterFile, read_adapter, read_layers
 from ...training.formats.keys import FAMILIES, TEXT_ENCODER, UNET_LAYERS
@@ -88,9 +89,11 @@ def chosen(name: str | None, lora: Mapping[str, Tensor] | None) -> AdapterTensor
         return read_tensors(adapter_path(name))
     if name is None and lora is not None:
         return with_origin(lora)
+    if name is None:
+        raise ValueError("there is no adapter: choose a file in lora_name, or link one to the lora input")
     raise ValueError(
-        f"an adapter comes either from a file or from the lora input: got lora_name={name!r} and "
-        f"{'no' if lora is None else 'a'} linked one"
+        f"there are two adapters, the file {name} and the linked one: set lora_name to its first entry, or take the "
+        "link away"
     )
 
 
@@ -258,14 +261,13 @@ def _homeless(fitted: Fitted) -> int:
 
 
 def refuse_incomplete(lora: AdapterTensors) -> None:
-    """ValueError for a layer of which one factor is there and the other is not."""
-    spelled = (read_key(key) for key in lora.file.unknown)
-    halves = sorted(
-        {name for name, part in filter(None, spelled) if part in ("A", "B") and name not in lora.file.layers}
-    )
-    if halves:
+    """ValueError for a layer of which some of the tensors that belong together are there and others are not."""
+    spelled = filter(None, map(read_key, lora.file.unknown))
+    known = {name for name, part in spelled if part in ("A", "B") or part.startswith(UNMERGEABLE)}
+    if broken := sorted(known - lora.file.layers.keys()):
         raise ValueError(
-            f"{lora.name} is damaged: of {listed(halves)} one of the two factors is missing. Copy or train it again"
+            f"{lora.name} is damaged: of {listed(broken)} one of the tensors that belong together is missing. Copy or "
+            "train it again"
         )
 
 

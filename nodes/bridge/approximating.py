@@ -20,7 +20,7 @@ from ...training.formats.keys import FAMILIES
 from ...training.formats.layers import Layer
 from ...training.formats.layouts import to_native
 from ...training.randomness import generator
-from .adapters import AdapterTensors, Strengths, apply_adapter, refuse_foreign, refuse_non_finite
+from .adapters import AdapterTensors, Strengths, apply_adapter, refuse_foreign, refuse_incomplete, refuse_non_finite
 from .families import family_of, model_name
 from .hooked import Placed, hook, placed_layers
 from .sampling import Brush, draw_from
@@ -48,6 +48,7 @@ def approximated(
     """
     refuse_foreign(model, lora)
     refuse_non_finite(lora)
+    refuse_incomplete(lora)
     if not lora.file.unmergeable:
         raise ValueError(f"{lora.name} is a change of weights already: it loads everywhere as it is")
     if methods := {layer.method for layer in lora.file.layers.values()} - {STYLE_INJECT}:

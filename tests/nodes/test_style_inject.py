@@ -296,6 +296,20 @@ def test_what_does_not_fit_is_said(tiny, tmp_path):
     assert any(name.startswith("double_blocks.1.") for name in applied(model, lora).homeless)
 
 
+@pytest.mark.parametrize("part", "ABRr")
+def test_a_layer_with_a_tensor_missing_is_a_damaged_file(part, tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    from stylewright.nodes.bridge.adapters import read_tensors
+
+    model, path = tiny("flux"), tmp_path / "a.safetensors"
+    lora = stored(model, config("flux"), "flux", path)
+    broken = next(key for key in lora if key.endswith(f"styleinject_{part}"))
+    save_file({key: tensor for key, tensor in lora.items() if key != broken}, path, dict(lora.file.header))
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged: of double_blocks\.\S+ one of the tensors"):
+        applied(model, read_tensors(path))
+
+
 def gradients(model, method, family, prompt, checkpoint, scale=0.3):
     """Of an adapter in training on top of whatever is on the model: what the model answers, and its gradients."""
     from stylewright.nodes.bridge.denoiser import ComfyDenoiser
