@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..training.data.captions import styled
 from ..training.embedded.renderer import HELD_OUT_STYLES, SUBJECTS, extents, render, scene_of
-from ..training.embedded.several import several
+from ..training.embedded.several import MOST, several
 from ..training.embedded.vocabulary import FREE_WORDS
 from ..training.randomness import generator
 
@@ -41,7 +41,7 @@ class ReferenceNode(io.ComfyNode):
                     default=1,
                     min=1,
                     max=len(SUBJECTS),
-                    tooltip="How many pictures. One is enough for a style.",
+                    tooltip="How many pictures. One is enough for a style. With together: how many subjects, 2 to 4.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -75,6 +75,11 @@ class ReferenceNode(io.ComfyNode):
         first = SUBJECTS.index(subject)
         subjects = [(first + i) % len(SUBJECTS) for i in range(count)]
         names, draw = [SUBJECTS[i] for i in subjects], generator(seed, "reference", style)
+        if together and not 2 <= count <= MOST:
+            raise ValueError(
+                f"count is {count}, and together shows 2 to {MOST} different subjects in one picture: set count to 2 "
+                f"to {MOST}, or switch together off"
+            )
         if together:
             found = several(subjects, HELD_OUT_STYLES[style], draw)
             pictures, boxes, captions = found.picture[None], found.boxes, [found.content]

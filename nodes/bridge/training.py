@@ -119,7 +119,7 @@ def _run(sockets: Sockets, job: Job, progress: TrainingProgress) -> TrainedAdapt
         identity["start"] = start.digest
     if job.teacher is not None:
         identity["teacher"] = teacher_identity(job.teacher, model, host)
-        progress.noted(f"learns what the teacher answers, {model_name(job.teacher)}, at noised pictures of the dataset")
+        progress.noted("learns what the teacher answers, where the pictures or latents that are linked are noised")
     choice = choose(job.file_name, filled, job.resume, config, identity)
     if choice.notice:
         logger.info(choice.notice)

@@ -128,3 +128,11 @@ def test_several_subjects_in_one_reference():
     assert masks.shape == (3, 128, 128) and not (masks.sum(0) > 1).any() and masks.flatten(1).any(1).all()
     with pytest.raises(ValueError, match="2 to 4 different"):
         ReferenceNode.execute("glacier", "star", 1, 0, together=True)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_subjects_together_are_2_to_4(count):
+    from stylewright.nodes.reference import ReferenceNode
+
+    with pytest.raises(ValueError, match=f"count is {count}, and together shows 2 to 4 different subjects"):
+        ReferenceNode.execute("twilight", "house", count, 7, together=True)

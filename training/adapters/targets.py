@@ -222,6 +222,7 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
+        re.compile(pattern)  # alone, so that an error counts places as the user does
         return re.compile(rf"(?:.*\.)?(?:{pattern})")
     except re.error as error:
         raise ValueError(f"the target pattern {pattern!r} is no regular expression: {error}") from error

@@ -66,6 +66,8 @@ def generate(
 
     if precision not in PRECISIONS:
         raise ValueError(f"Got --precision {precision}: expected one of {', '.join(PRECISIONS)}.")
+    if style_guidance and adapter is None:
+        raise ValueError("--style-guidance strengthens what an adapter changes: give its file with --adapter.")
     pixels = size_of(size)
     host = load_host(model, device_of(device), getattr(torch, precision), components=components)
     level = level_of(adapter, host)

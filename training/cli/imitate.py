@@ -51,6 +51,11 @@ def imitate(
     from ..loops.teaching import Answers, ask
     from .train import device_of
 
+    if teacher == model or Path(teacher).resolve() == Path(model).resolve():
+        raise ValueError(
+            f"Got {teacher} as the teacher and the model: there is nothing to learn. Give a fine-tune, or an adapter's "
+            "file, as the teacher."
+        )
     options = _configured(merge(read_toml(config) if config else {}, given))
     dtype = getattr(torch, options.precision)
     host = load_host(model, device_of(device), dtype, components=components)

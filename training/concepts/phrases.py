@@ -31,6 +31,10 @@ class Phrases:
         if not self.style:
             raise ValueError("there is no style phrase: write the words that name the style, such as 'flat cartoon'")
         known = [*self.content, *self.style]
+        if both := sorted(set(self.content) & set(self.style)):
+            raise ValueError(
+                f"{', '.join(map(repr, both))} is a content phrase and a style phrase: take it out of one of the two"
+            )
         if twice := repeated(known):
             raise ValueError(f"phrases that are there twice: {', '.join(map(repr, twice))}")
         if strangers := [phrase for phrase in known if place_in(self.prompt, phrase) is None]:

@@ -17,7 +17,7 @@ def routing_table(routings: Mapping[str, Routing]) -> dict[str, Any]:
         "entropy": round(sum(each.entropy for each in found) / len(found), 4),
         "spread": round(sum(each.spread for each in found) / len(found), 4),
         "largest": round(sum(max(each.shares) for each in found) / len(found), 4),
-        "one_sided": sum(max(each.shares) > ONE_SIDED for each in found),
+        "one_sided": sum(len(each.shares) > 1 and max(each.shares) > ONE_SIDED for each in found),
         "layers": {name: [round(share, 3) for share in each.shares] for name, each in routings.items()},
     }
 
@@ -31,6 +31,8 @@ def routing_in_words(table: Mapping[str, Any]) -> str:
     """One line for people."""
     layers = table["layers"]
     branches = len(next(iter(layers.values())))
+    if branches == 1:
+        return "one branch, and so no routing"
     text = (
         f"routing over {branches} branches: the most used has {table['largest']:.0%} of a layer on average "
         f"({1 / branches:.0%} = even), entropy {table['entropy']:.2f} of 1, of which instances decide "

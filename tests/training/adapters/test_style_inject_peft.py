@@ -194,6 +194,11 @@ def test_what_is_counted_of_routings():
     table = routing_table(found)
     assert table["one_sided"] == 1 and table["layers"]["divided"] == [0.5, 0.5, 0, 0]
     assert "in 1 of 3 layers one branch has over 90%" in routing_in_words(table)
+    alone = RoutingMeter(["only"], 1)
+    alone.add(0, torch.ones(3, 1))
+    alone.complete()
+    table = routing_table(alone.read())
+    assert table["one_sided"] == 0 and routing_in_words(table) == "one branch, and so no routing"
     state = meter.state_dict()
     meter.add(0, torch.eye(4))
     other = RoutingMeter(meter.layers, 4)

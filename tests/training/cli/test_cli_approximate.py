@@ -39,6 +39,15 @@ def test_nothing_is_overwritten(lora, tmp_path, capsys):
     assert (tmp_path / "out.safetensors").read_text() == "mine"
 
 
+@pytest.mark.parametrize("model", ["embedded", "there/../here"])
+def test_a_model_has_nothing_to_learn_from_itself(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = "here" if "here" in model else model
+    assert run(["imitate", teacher, "--model", model, "--prompt", "star", "--out", "run", "--steps", "1"]) == 1
+    assert "there is nothing to learn" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_text_encoders_are_not_taught(lora, tmp_path, capsys):
     words = ["imitate", str(lora), "--prompt", "star", "--out", str(tmp_path / "run")]
     assert run([*words, "--text-encoder-learning-rate", "1e-5"]) == 1

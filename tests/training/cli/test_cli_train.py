@@ -50,7 +50,7 @@ def test_train_inspect_convert_and_generate(workplace, capsys):
     small = ["--prompt", "star", "--steps", "1", "--size", "64x64", "--style-guidance", "2"]
     assert trained(capsys, "generate", "--adapter", result["adapter"], *small)["pictures"]
     assert run(["generate", *small]) == 1
-    assert "needs an adapter" in capsys.readouterr().err
+    assert "give its file with --adapter" in capsys.readouterr().err
 
 
 def test_text_says_where_the_results_are(workplace, capsys):

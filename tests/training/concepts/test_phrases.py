@@ -30,6 +30,7 @@ def test_every_concept_meets_every_style_by_the_template():
         ("a woman", " \n", "no style phrase"),
         ("a woman\nlap", "flat cartoon", r"no part of the prompt: 'lap'.*word by word"),  # of "laptop", no whole word
         ("a woman\nlaptop\na woman", "flat cartoon", "twice: 'a woman'"),
+        ("a woman\nflat cartoon", "flat cartoon", "'flat cartoon' is a content phrase and a style phrase"),
     ],
 )
 def test_phrases_that_mean_nothing_are_named(content, style, message):
