@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ..training.data.fonts import font
 
 MOST = 8  # pictures in a strip: the first, the last, and others evenly between
 LARGEST = 512  # longest side of one, in pixels
@@ -51,10 +53,10 @@ def draw_strip(paths: Sequence[Path], labels: Sequence[str], prompt: str) -> Ima
     draw = ImageDraw.Draw(strip)
     for index, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         left = GAP + index * (width + GAP)
-        draw.text((left, LINE / 2), _fitting(draw, label, width, 16), INK, _font(16), anchor="lm")
+        draw.text((left, LINE / 2), _fitting(draw, label, width, 16), INK, font(16), anchor="lm")
         strip.paste(tile.resize((width, height), Image.Resampling.LANCZOS), (left, LINE))
     words = _fitting(draw, prompt, whole - 2 * GAP, 14)
-    draw.text((GAP, height + 1.5 * LINE), words, PALE, _font(14), anchor="lm")
+    draw.text((GAP, height + 1.5 * LINE), words, PALE, font(14), anchor="lm")
     return strip
 
 
@@ -67,15 +69,10 @@ def _tile(path: Path) -> Image.Image:
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> str:
     """The text, or as much of its beginning as is not wider than ``width`` pixels."""
-    if draw.textlength(text, _font(size)) <= width:
+    if draw.textlength(text, font(size)) <= width:
         return text
-    font = _font(size)
-    most = bisect_right(range(len(text)), width, key=lambda length: draw.textlength(f"{text[:length]}…", font))
+    most = bisect_right(range(len(text)), width, key=lambda length: draw.textlength(f"{text[:length]}…", font(size)))
     return f"{text[: max(0, most - 1)].rstrip()}…"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _as_tensor(image: Image.Image) -> Tensor:

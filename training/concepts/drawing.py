@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..data.fonts import font
 from .boxes import Box
 from .reference import Found
 
@@ -51,10 +52,9 @@ def _panel(picture: Tensor, scale: float, text: str) -> tuple[Image.Image, Image
     panel = Image.new("RGB", (size[0] + 4, size[1] + CAPTION), PAPER)
     panel.paste(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC), (2, 0))
     draw = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(14)
-    while draw.textlength(text, font) > size[0] and len(text) > 2:
+    while draw.textlength(text, font(13)) > size[0] and len(text) > 2:
         text = text[:-2] + "…"
-    draw.text((4, size[1] + 3), text, INK, font)
+    draw.text((4, size[1] + 3), text, INK, font(13))
     return panel, draw
 
 
