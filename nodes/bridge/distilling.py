@@ -49,7 +49,7 @@ from .sampling import Brush, Painter, Subject
 from .session import raise_if_interrupted, training_session, without_float16
 from .starting import refuse_windowed, try_once
 from .student_start import student_start, undressed
-from .students import other_time, refuse_as_teacher
+from .students import refuse_as_teacher
 from .training import words_of
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
         progress.noted(choice.notice)
     if not choice.trains:
         return as_it_is(choice, config, progress)
-    for said in (note, start.said if start else "", *_doubts(sockets, job, denoiser)):
+    for said in (note, start.said if start else "", *_doubts(sockets, job)):
         if said:
             progress.noted(said)
     run = choice.run or new_run(job.file_name, filled, DistilConfig)
@@ -152,14 +152,9 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
     return TrainedAdapter(read_tensors(path), result.losses, path, run.folder, samples, progress.ui())
 
 
-def _doubts(sockets: DistilSockets, job: DistilJob, denoiser: ComfyDenoiser) -> list[str]:
+def _doubts(sockets: DistilSockets, job: DistilJob) -> list[str]:
     """What can be meant, and more often is not."""
-    called = one_step_of(denoiser.clock, denoiser.prediction, job.config.time)
-    return [
-        other_time(sockets.student, called) if sockets.student is not None else "",
-        other_side(sockets.teacher, job.resolution),
-        own_negatives(job.prompts, job.config),
-    ]
+    return [other_side(sockets.teacher, job.resolution), own_negatives(job.prompts, job.config)]
 
 
 def _require_vae(sockets: DistilSockets, config: DistilConfig) -> None:

@@ -49,20 +49,6 @@ def refuse_as_teacher(model: comfy.model_patcher.ModelPatcher) -> None:
         )
 
 
-def other_time(student: comfy.model_patcher.ModelPatcher, called: Mapping[str, Any]) -> str:
-    """What is to be said of a student that was made for another time than that of ``called``; "" = nothing."""
-    noted = _noted(student)
-    if noted is None or noted["one_step"]["unit"] != called["unit"]:
-        return ""
-    theirs, ours, unit = noted["one_step"]["level"], called["level"], called["unit"]
-    if abs(theirs - ours) <= 1e-3 * max(abs(theirs), abs(ours)):
-        return ""
-    return (
-        f"the linked student is called at {unit} {theirs:g}, and this run's at {ours:g}: what it has learned is for "
-        "another time. Set time as that of its run, or let the student learn anew for this one"
-    )
-
-
 def preset_of(model: comfy.model_patcher.ModelPatcher) -> OneStepPreset:
     """How the student on this model is called. ValueError where there is none, or one of another family."""
     noted = _noted(model)

@@ -214,15 +214,6 @@ def test_a_one_step_student_is_no_teacher(distil, embedded):
         distil(teacher=with_lora(embedded.model, first))
 
 
-def test_a_student_of_another_time_is_said(distil, embedded, notes):
-    first, *_ = distil(time=0.4)
-    student = with_lora(embedded.model, first)
-    distil(student=student, time=0.4, file_name="same")
-    assert not any("another time" in note for note in notes)
-    distil(student=student, file_name="other")
-    assert any("called at sigma 0.4, and this run's at 1: " in note for note in notes)
-
-
 def test_negatives_that_are_prompts_are_said(distil, notes):
     distil(negatives="circle")
     assert not any("negatives" in note for note in notes)

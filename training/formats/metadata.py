@@ -15,6 +15,7 @@ PREFIX = "stylewright."
 VERSION_KEY = f"{PREFIX}format_version"
 VERSIONS_KEY = f"{PREFIX}versions"
 MERGEABLE_KEY = f"{PREFIX}mergeable"  # "false" for what depends on the input of a layer; else not written
+MOST_NOISE = {"sigma": 1, "time": 1000}  # the largest level of a one-step student by its unit
 NEEDS_OUR_LOADER = "it cannot be merged into weights: ComfyUI loads it with Stylewright's Load Style LoRA alone"
 # Written with the tensors: the style, the layout that was trained, the layers' names in it, which norm DoRA's scales
 # are relative to ("merged" = of the adapted weight, as in the paper, "base" = of the model's, as ComfyUI computes).
@@ -49,8 +50,8 @@ class AdapterMetadata:
     started_from: str = ""  # the name of the adapter that training began with; "" = none
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, besides rank and alpha
     routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject: what its routers did at the end
-    # Of a one-step student: ``time`` of its call in ``unit`` ("time" of the teacher's 1000, or "sigma" of a flow), its
-    # ``log_snr`` (null = pure noise) and ``start``, what it is fed ("unit": noise of unit variance).
+    # Of a one-step student: ``level`` of its call in ``unit`` ("time" of the teacher's 1000, or "sigma" of a flow), its
+    # ``prediction``, and ``start``, what it is fed ("unit": noise of unit variance).
     one_step: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,9 +90,32 @@ def read_metadata(header: Mapping[str, str], where: str) -> AdapterMetadata | No
         )
     try:
         stated = {name: _read(name, header[f"{PREFIX}{name}"]) for name in _FIELDS if f"{PREFIX}{name}" in header}
-        return AdapterMetadata(**stated)
+        about = AdapterMetadata(**stated)
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{where} has damaged metadata under {PREFIX}…: {error}") from error
+    if about.one_step:
+        _check_call(about.one_step, where)
+    return about
+
+
+def _check_call(one_step: Mapping[str, Any], where: str) -> None:
+    """ValueError where the call of a one-step student is at no level of noise."""
+    try:
+        level, unit = float(one_step["level"]), one_step["unit"]
+        known = unit in MOST_NOISE and {"prediction", "start"} <= one_step.keys()
+    except (TypeError, ValueError, KeyError, AttributeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{where} says that it is a one-step student, and not how it is called: expected a level, its unit "
+            f"({' or '.join(MOST_NOISE)}), prediction and start under {PREFIX}one_step, and got {one_step!r}"
+        )
+    least = 0 if unit == "sigma" else -MOST_NOISE[unit]  # EDM's time is log(sigma) / 4
+    if not least < level <= MOST_NOISE[unit]:
+        raise ValueError(
+            f"{where} says that its student is called at {unit} {level:g}: expected more than {least}, up to "
+            f"{MOST_NOISE[unit]}. The file was changed or is damaged: take the one that its run wrote"
+        )
 
 
 def states_family(header: Mapping[str, str]) -> bool:

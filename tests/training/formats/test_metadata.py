@@ -108,3 +108,40 @@ def test_families_of_other_tools(header, family):
     assert states_family(header)
     assert stated_family(header) == family
     assert not states_family({"format": "pt"})
+
+
+CALL = {"level": 0.4, "unit": "sigma", "prediction": "flow", "start": "unit"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [CALL, {**CALL, "level": 1}, {**CALL, "level": -0.2, "unit": "time"}, {**CALL, "level": 399.0, "unit": "time"}],
+)
+def test_the_call_of_a_student_comes_back(call):
+    about = read_metadata(build_metadata(AdapterMetadata("flux", "lora", 4, one_step=call)), "a file")
+    assert about is not None and about.one_step == call
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"level": 7}, "called at sigma 7: expected more than 0, up to 1"),
+        ({"level": 0.0}, "called at sigma 0"),
+        ({"level": float("nan")}, "called at sigma nan"),
+        ({"level": 1400, "unit": "time"}, "called at time 1400: expected more than -1000, up to 1000"),
+        ({"level": "late"}, "not how it is called"),
+        ({"unit": "log_snr"}, "sigma or time"),
+        ({"start": None}, ""),
+    ],
+)
+def test_a_student_at_no_level_of_noise_is_refused(change, words):
+    call = {key: value for key, value in {**CALL, **change}.items() if value is not None}
+    header = build_metadata(AdapterMetadata("flux", "lora", 4, one_step=call))
+    with pytest.raises(ValueError, match=f"a file says .*{words}"):
+        read_metadata(header, "a file")
+
+
+def test_a_call_that_is_no_table_is_refused():
+    header = build_metadata(AdapterMetadata("flux", "lora", 4, one_step=CALL))
+    with pytest.raises(ValueError, match="not how it is called"):
+        read_metadata({**header, "stylewright.one_step": "[7]"}, "a file")
