@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..training.concepts.boxes import BoxOptions, cut
-from ..training.concepts.crops import CropOptions
+from ..training.concepts.crops import CropOptions, enlarged
 from ..training.concepts.drawing import draw_found
 from ..training.concepts.locate import Search
 from ..training.concepts.phrases import lines_of, read_phrases, repeated
@@ -136,7 +136,10 @@ class ConceptCrops(io.ComfyNode):
         locate = _locator(model, clip, vae, by=locate_by, **asked)
         found = find(picture, phrases, given, locate, how)
         items = items_found(picture, phrases, found, parts, seed=seed, resolutions=(resolution,))
-        dataset = StyleDataset(tuple(items), phrases.style[0], "full", resolution)
+        note = enlarged({each.phrase: each.crop for each in found}, resolution)
+        if note:
+            logger.warning("Concept Crops: %s", note)
+        dataset = StyleDataset(tuple(items), phrases.style[0], "full", resolution, notes=(note,) if note else ())
         logger.info("Concept Crops: %s", "; ".join(map(str, found)))
         preview = draw_found(picture, found).movedim(0, -1)[None]
         crops = [cut(picture, each.crop).movedim(0, -1)[None].contiguous() for each in found]

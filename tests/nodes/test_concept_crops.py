@@ -53,6 +53,13 @@ def test_masks_alone_need_no_model():
     ]
 
 
+def test_a_note_of_tiny_crops_goes_to_the_trainer(caplog):
+    masks = torch.stack([truth(0), truth(1)])
+    assert not run(masks=masks)[0].notes
+    (note,) = run(masks=masks, resolution=1024)[0].notes
+    assert "enlarged more than 4 times for training at 1024" in note and note in caplog.text
+
+
 def test_a_mask_counts_instead_of_the_model(embedded):
     inputs = {"model": embedded.model, "clip": embedded.clip, "vae": embedded.vae, "noises": 1, "variants": 1}
     _, _, found, _ = run(**inputs)

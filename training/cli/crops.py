@@ -44,6 +44,8 @@ def crops(
     from ..concepts.reference import find, items_found
     from ..data.images import open_image, open_mask
 
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"the resolution is {resolution}: expected pixels, such as 512")
     pixels, phrases = open_image(picture), read_phrases(prompt, "\n".join(content), "\n".join(style))
     files = [_pair(text) for text in mask or []]
     if twice := repeated([phrase for phrase, _ in files]):

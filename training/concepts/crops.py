@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..data.concepts import Concept
+from ..data.images import LEAST_SIDE
 from ..data.items import Item
 from ..randomness import generator
 from .boxes import Box, cut, jittered
 from .phrases import Phrases, sub_prompts
 
 FULL_SHARE = 0.4  # of the sights that are of the whole picture
+ENLARGED = 4  # times a crop grows for training before it is worth a note
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,32 @@ class Crop:
 
 
 def crops_of(boxes: Mapping[str, Box], height: int, width: int, options: CropOptions, seed: int) -> list[Crop]:
-    """All crops of a picture of this size, phrase after phrase."""
-    return [
+    """All crops of a picture of this size, phrase after phrase. ValueError for one that is too small to learn from."""
+    crops = [
         Crop(phrase, number, box if number == 0 else jittered(box, height, width, draw, options.jitter))
         for phrase, box in boxes.items()
         for draw in [generator(seed, "crops", phrase)]
         for number in range(options.variants)
     ]
+    for crop in crops:
+        if min(crop.box.width, crop.box.height) < LEAST_SIDE:
+            raise ValueError(
+                f"a crop of {crop.phrase!r} has {crop.box.width}x{crop.box.height} pixels, too little to learn from: "
+                f"expected at least {LEAST_SIDE} a side. Give it more room (padding, least side), or a larger picture"
+            )
+    return crops
+
+
+def enlarged(boxes: Mapping[str, Box], resolution: int) -> str:
+    """What a person should know of crops with very few pixels for this training size; "" = nothing."""
+    few = {phrase: box for phrase, box in boxes.items() if resolution**2 > ENLARGED**2 * box.width * box.height}
+    if not few:
+        return ""
+    listed = ", ".join(f"{phrase} ({box.width}x{box.height})" for phrase, box in few.items())
+    return (
+        f"crops that are enlarged more than {ENLARGED} times for training at {resolution} show little but blur: "
+        f"{listed}. Give them more room (padding, least_side), a larger picture or a lower resolution"
+    )
 
 
 def items_of(

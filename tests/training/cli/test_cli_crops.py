@@ -62,6 +62,7 @@ def test_a_model_finds_what_has_no_mask(by, files, capsys):
     [
         (["--mask", "star"], "expected PHRASE=FILE"),
         (["--mask", "star=a.png", "--mask", "star=b.png"], "--mask names 'star' twice: each phrase has one mask"),
+        (["--resolution", "0"], "the resolution is 0: expected pixels"),
         (["--content", "boat"], "no part of the prompt: 'boat'"),
         (["--locate-by", "luck"], "cannot be located by 'luck': expected one of attention, prediction error"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stylewright.training.concepts.boxes import Box
-from stylewright.training.concepts.crops import CropOptions, crops_of, items_of, share_of_wholes, sights
+from stylewright.training.concepts.crops import CropOptions, crops_of, enlarged, items_of, share_of_wholes, sights
 from stylewright.training.concepts.phrases import Phrases
 
 PHRASES = Phrases("a star and a house in red chalk, on grey paper", ("a star", "a house"), ("red chalk", "grey paper"))
@@ -26,6 +26,13 @@ def test_the_whole_has_its_share_and_the_others_are_even(share, variants):
     assert set(seen) == {f"{what} in {how} style" for what in PHRASES.content for how in PHRASES.style}
     assert len(set(seen.values())) == 1
     assert items[0].caption == PHRASES.prompt and torch.equal(items[0].image, PICTURE)
+
+
+def test_crops_with_few_pixels_are_named():
+    assert enlarged(BOXES, 80) == ""
+    assert "enlarged more than 4 times for training at 96 show little but blur: a star (20x20)." in enlarged(BOXES, 96)
+    with pytest.raises(ValueError, match="a crop of 'a star' has 7x9 pixels, too little to learn from: expected at"):
+        crops_of({"a star": Box(0, 0, 7, 9)}, 48, 64, CropOptions(), seed=0)
 
 
 def test_one_of_each():
