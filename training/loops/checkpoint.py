@@ -178,7 +178,8 @@ class RunDirectory:
             rest = (
                 "The last checkpoint is intact, and the run can be continued from it"
                 if self.checkpoint.is_file()
-                else "There is no checkpoint to continue from: see what became of the folder"
+                else "The run had no checkpoint yet, and nothing of it is kept: see that the disk has room and that "
+                "the folder can be written to, or choose another, and begin again"
             )
             raise TrainingError(f"Cannot write {path}: {error}. {rest}.") from error
 

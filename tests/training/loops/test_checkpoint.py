@@ -19,7 +19,7 @@ from stylewright.training.formats.adapters import load_adapter
 from stylewright.training.formats.state import load_state, save_state
 from stylewright.training.loops import checkpoint
 from stylewright.training.loops.checkpoint import RunDirectory, open_run, read_config
-from stylewright.training.loops.config import config_from_table
+from stylewright.training.loops.config import TrainConfig, config_from_table
 
 
 def tensors_of(folder):
@@ -275,6 +275,18 @@ def test_a_log_that_cannot_be_written_says_that_nothing_is_lost(run_to, tmp_path
 
     with pytest.raises(TrainingError, match=r"Cannot write .*events\.jsonl.*can be continued"):
         run_to("run", report=block)
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint_says_what_to_do(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    with (
+        open_run(tmp_path / "run") as run,
+        pytest.raises(TrainingError, match=r"No space left.* no checkpoint yet.* has room .*begin again"),
+    ):
+        run.save({}, TrainConfig(), {})
 
 
 # --------------------------------------------------------------------------------------------------------------------
