@@ -85,13 +85,12 @@ def approximated(
 def _wears(model: comfy.model_patcher.ModelPatcher, placed: Placed) -> bool:
     """Whether one of the adapters on a model has the down-projections of these layers, at whatever strength."""
     ours = {place: layer.tensors["styleinject_A"] for place, layer in placed.layers.values()}
-    terms = [each for adapter in windowed_adapters(model) for each in adapter.terms]
-    return any(
-        place in ours
-        and isinstance(term, StyleInject)
-        and torch.equal(term.a.cpu(), ours[place].to("cpu", term.a.dtype))
-        for place, term in terms
-    )
+    worn = [each for adapter in windowed_adapters(model) for each in adapter.terms if isinstance(each[1], StyleInject)]
+    return any(place in ours and _same(term.get_parameter("a"), ours[place]) for place, term in worn)
+
+
+def _same(worn: Tensor, own: Tensor) -> bool:
+    return torch.equal(worn.cpu(), own.cpu().to(worn.dtype))
 
 
 def _fitted(

@@ -1,5 +1,6 @@
 """Style Dataset and Noise Level Density as their graphs call them."""
 
+import json
 import math
 
 import pytest
@@ -85,6 +86,14 @@ def test_a_list_s_pictures_in_other_folders_are_noticed_when_they_change(input_f
     before = StyleDatasetNode.fingerprint_inputs(folder=["cats"])
     save_picture(input_folder.parent / "more" / "two.png", (400, 240))
     assert StyleDatasetNode.fingerprint_inputs(folder=["cats"]) != before
+
+
+def test_a_folder_may_bring_its_style_phrase(input_folder):
+    line = {"file": "one.png", "caption": "a card in ink style", "style_phrase": "ink"}
+    save_picture(input_folder / "one.png")
+    (input_folder / "list.jsonl").write_text(json.dumps(line))
+    made, _ = dataset(folder=["cats"], captions=[""], style_phrase=[""], caption_mode=["full"])
+    assert made.style_phrase == "ink"
 
 
 def load_image(path, folder):
