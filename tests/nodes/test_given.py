@@ -295,6 +295,16 @@ def test_what_a_teacher_has_answered_is_kept_where_the_run_is_cancelled(embedded
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_the_note_on_a_teacher_is_true_of_latents_too(embedded, teacher, loras, monkeypatch):
+    from stylewright.nodes.bridge.previews import TrainingProgress
+
+    noted = []
+    monkeypatch.setattr(TrainingProgress, "noted", lambda self, note: noted.append(note))
+    latents, conditioning = drawn_by(teacher, embedded, ["a star"])
+    train(embedded, clip=embedded.clip, latents=latents, conditioning=conditioning, teacher=teacher, steps=1)
+    assert noted == ["learns what the teacher answers, where the pictures or latents that are linked are noised"]
+
+
 def test_a_teacher_that_teaches_nothing_or_in_another_language_is_refused(embedded, teacher, tiny, loras):
     latents, conditioning = drawn_by(teacher, embedded, ["a star"])
     given = {"clip": embedded.clip, "latents": latents, "conditioning": conditioning}

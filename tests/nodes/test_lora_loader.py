@@ -226,6 +226,15 @@ def test_a_damaged_adapter_is_refused(value, tiny, loras):
         load(tiny("flux"), "damaged.safetensors")
 
 
+def test_no_adapter_and_two_are_told_apart(loras):
+    from stylewright.nodes.bridge.adapters import chosen
+
+    with pytest.raises(ValueError, match="there is no adapter: choose a file in lora_name, or link one"):
+        chosen(None, None)
+    with pytest.raises(ValueError, match=r"two adapters, the file a\.safetensors and the linked one"):
+        chosen("a.safetensors", {})
+
+
 def test_half_a_pair_is_a_damaged_file(tiny, loras):
     tensors = pair("diffusion_model.double_blocks.0.img_attn.qkv", 192, 64)
     tensors |= pair("diffusion_model.double_blocks.1.img_attn.qkv", 192, 64)
