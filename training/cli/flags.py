@@ -55,18 +55,24 @@ class Flag:
         return parsed
 
 
-def flags_of(kind: Any, helps: Mapping[str, str], panel: str, path: tuple[str, ...] = ()) -> Iterator[Flag]:
-    """The flags of a dataclass and of those in it; ``helps`` has a line for each dotted name, with its default."""
+def flags_of(
+    kind: Any, helps: Mapping[str, str], panel: str, path: tuple[str, ...] = (), preset: Any = None
+) -> Iterator[Flag]:
+    """The flags of a dataclass and of those in it; ``helps`` has a line for each dotted name, with its default.
+
+    ``preset``: one whose values are the defaults; None = those of the class.
+    """
     for field in dataclasses.fields(kind):
         hint = get_type_hints(kind)[field.name]
         here = (*path, field.name)
         if any(map(dataclasses.is_dataclass, get_args(hint))):
             continue  # a list of tables: in a file only
         if dataclasses.is_dataclass(hint):
-            yield from flags_of(hint, helps, f"{panel}: {field.name}", here)
+            inner = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield from flags_of(hint, helps, f"{panel}: {field.name}", here, inner)
         else:
             text = helps[".".join(here)]
-            default = field.default
+            default = field.default if preset is None else getattr(preset, field.name)
             stated = "" if default in (None, "", (), dataclasses.MISSING) else f" (default: {default})"
             yield Flag(here, hint, text + stated, panel)
 

@@ -35,7 +35,15 @@ def from_table(kind: type[T], table: Mapping[str, Any], place: str = "") -> T:
             near = difflib.get_close_matches(key, hints, n=1)
             advice = f"did you mean {place}{near[0]}?" if near else f"expected one of {', '.join(sorted(hints))}."
             raise ValueError(f"Unknown option {place}{key}: {advice}")
+    table = {key: _completed(kind, key, value) for key, value in table.items()}
     return kind(**{key: _typed(value, hints[key], place + key) for key, value in table.items()})
+
+
+def _completed(kind: Any, key: str, value: Any) -> Any:
+    """A table of a dataclass in a dataclass: what it does not say is as in the outer one's default."""
+    (factory,) = (field.default_factory for field in dataclasses.fields(kind) if field.name == key)
+    default = factory() if factory is not dataclasses.MISSING and isinstance(value, Mapping) else None
+    return {**to_table(default), **value} if dataclasses.is_dataclass(default) else value
 
 
 def _typed(value: Any, hint: Any, place: str) -> Any:

@@ -136,3 +136,14 @@ def test_a_student_may_begin_with_its_teachers_pictures(workplace, capsys):
     assert "apart" not in printed(capsys, *SMALL, *pairs, "--steps", "1")
     assert "apart" in printed(capsys, *SMALL, *pairs, "--steps", "2")
     assert "with pretraining_steps" in refused(capsys, *SMALL, "--pretraining-pairs", "2", "--out", "other")
+
+
+def test_an_option_of_the_adapter_leaves_the_others_as_a_distillation_has_them():
+    from stylewright.training.cli.distill import FLAGS
+    from stylewright.training.loops.distil_config import DistilConfig
+    from stylewright.training.loops.tables import from_table
+
+    adapter = from_table(DistilConfig, {"adapter": {"alpha": 8.0}}).adapter
+    assert (adapter.alpha, adapter.rank, adapter.targets) == (8.0, 64, "all")
+    helps = {flag.path: flag.help for flag in FLAGS}
+    assert helps["adapter", "rank"].endswith("(default: 64)") and helps["adapter", "targets"].endswith("(default: all)")
