@@ -21,6 +21,7 @@ from ...training.loops.distil import DistilResult, distil
 from ...training.loops.distil_config import DistilConfig
 from ...training.loops.events import Event
 from ...training.loops.networks import Worn
+from ...training.loops.pupil import require_called_alike
 from ...training.loops.samples import find_samples
 from ...training.loops.saving import Saving
 from ...training.loops.subject import kind_of
@@ -109,6 +110,7 @@ def _run(sockets: DistilSockets, job: DistilJob, progress: TrainingProgress) -> 
     host = _host(replace(sockets, teacher=base), job, encodings)
     denoiser = denoiser_of(host)
     start = student_start(base, sockets.student, config.adapter)
+    require_called_alike(start, denoiser, config)
     identity = _identity(sockets, job, denoiser, start)
     choice = choose(job.file_name, filled, job.resume, config, identity)
     if choice.notice:

@@ -6,6 +6,7 @@ which then is for the model without them.
 
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .families import OTHER, family_of, model_name
 from .identity import digest_of_patch, digest_of_weights
 from .patch_terms import place_of_patch
 from .starting import refuse_windowed
+from .students import STUDENT
 
 Patcher = comfy.model_patcher.ModelPatcher
 NAME, WORN = "the linked student's LoRAs", "the teacher's LoRAs"
@@ -70,7 +72,8 @@ def student_start(base: Patcher, student: Patcher | None, config: AdapterConfig)
         )
     loaded = _loaded(student, own)
     _require_layers(base, loaded, config, NAME)
-    return start_of(loaded, config, NAME)
+    noted = student.get_attachment(STUDENT) or {}
+    return replace(start_of(loaded, config, NAME), one_step=noted.get("one_step", {}))
 
 
 def _require_layers(model: Patcher, loaded: LoadedAdapter, config: AdapterConfig, name: str) -> None:

@@ -121,6 +121,17 @@ def test_the_teachers_loras_are_in_the_students_file(distil, embedded):
     assert all(torch.allclose(after[name], change + more[name], atol=1e-6) for name, change in before.items())
 
 
+def test_a_student_of_another_time_is_refused(distil, embedded, folders):
+    from stylewright.nodes.bridge.adapters import Strengths, apply_adapter
+
+    early, *_ = distil(steps=1, time=0.4)
+    student = apply_adapter(embedded.model, None, early, Strengths(), warn=print).model
+    with pytest.raises(ValueError, match=r"level is 0\.4, and with time=1 this run's is 1"):
+        distil(student=student, file_name="other")
+    assert not list(folders[0].glob("other*"))
+    distil(student=student, file_name="other", steps=1, time=0.4)
+
+
 def test_a_teacher_with_other_patches_keeps_them_and_says_so(distil, embedded):
     from stylewright.nodes.bridge.student_start import undressed
     from stylewright.training.adapters.methods import AdapterConfig

@@ -82,6 +82,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
 
     from ..hosts.loading import load_host
     from ..loops.distil import distil
+    from ..loops.pupil import require_called_alike
 
     processes = launch.processes
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
@@ -90,6 +91,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     with processes.together():
         worn = worn_of(job.teacher_adapter, host)
         start = start_at(job.init_adapter, host, options.adapter)
+        require_called_alike(start, cast("TimedDenoiser", host.denoiser), options)
         job = replace(job, style_phrase=job.style_phrase or phrase_of(worn))
         prompts = prompts_of(job, host, folder)
     side = job.resolution or host.resolution

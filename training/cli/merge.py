@@ -22,6 +22,8 @@ def merge(
     from ..formats.merging import merge_students
     from ..formats.resizing import Cut
 
+    if target.exists():
+        raise ValueError(f"{target} is there already: name a new file to write, or remove that one before")
     made = merge_students(first, second, target, weight, None if rank is None else Cut(value=rank))
     said = f"wrote {target}, {made}: {weight:g} of {first} and {1 - weight:g} of {second}"
     show({"file": target, "made": made}, [said], as_json)

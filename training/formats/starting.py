@@ -1,8 +1,9 @@
 """An adapter to begin training from, in the form that a run's own adapter has."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Start:
     state: Mapping[str, Tensor]
     layers: tuple[str, ...]
     said: str  # what was done to it
+    one_step: Mapping[str, Any] = field(default_factory=dict)  # of a student, how it is called; {} = none
 
     @property
     def digest(self) -> str:
@@ -70,6 +72,10 @@ def start_of(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> Start:
     ValueError where there is no such form: of another method, or of a method whose rank cannot be changed.
     """
     _require_method(loaded, config, name)
+    return replace(_of_method(loaded, config, name), one_step=loaded.about.one_step if loaded.about else {})
+
+
+def _of_method(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> Start:
     before = 1.0 if loaded.alpha is None else _scale(loaded.method, loaded.alpha, loaded.rank)
     after = 1.0 if config.method == "oft" else _scale(config.method, config.scale_alpha, config.rank)
     if config.method not in LORAS:

@@ -98,7 +98,7 @@ class RunDirectory:
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise IncompatibleCheckpoint(
                 f"{self.checkpoint} cannot be read as the checkpoint of a training run ({error}). It may be damaged, "
-                "or of a newer Stylewright: update it, choose another folder, or delete the file to begin anew."
+                "or of a newer Stylewright: update it, or choose another folder."
             ) from error
 
     def load(self, config: RunConfig, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -108,6 +108,7 @@ class RunDirectory:
         """
         stored = self.stored()
         if stored is None:
+            self._refuse_a_result()
             return None
         if differing := stored.differences(config, identity):
             raise IncompatibleCheckpoint(
@@ -131,6 +132,14 @@ class RunDirectory:
                 "from a backup, or begin a new run."
             )
         return state
+
+    def _refuse_a_result(self) -> None:
+        """IncompatibleCheckpoint where a run without its checkpoint left what a new one would write over."""
+        if self.adapter.exists() and self.events.exists() and self.events.stat().st_size:
+            raise IncompatibleCheckpoint(
+                f"{self.path} has the result of a run, {self.adapter.name}, but no checkpoint to continue it from: "
+                "choose another folder, or move that file away to begin anew here."
+            )
 
     def losses(self) -> list[float]:
         """The mean loss of each step up to the checkpoint."""

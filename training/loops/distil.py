@@ -31,7 +31,7 @@ from .likeness import Likeness
 from .meter import Meter
 from .networks import FAKE, Against, Worn, in_three_roles
 from .pairs import Pairs, Schedule
-from .pupil import about_student, begun_with, identity_of_run, subject_of_student
+from .pupil import about_student, begun_with, identity_of_run, require_called_alike, subject_of_student
 from .recorder import Recorder
 from .saving import ALL, Saving
 from .score_draws import Draws, Texts
@@ -84,6 +84,7 @@ def distil(
     """
     require_alike(to_table(config), processes)
     _refuse_what_cannot_work(config, likeness, processes)
+    require_called_alike(start, denoiser, config)
     device, share = torch.device(device), share_of(config, processes)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isclose
 from typing import Any
 
 from ..adapters.stand_in import base_weight
@@ -54,6 +55,26 @@ def about_student(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetad
         training=to_table(config),
         one_step=one_step_of(denoiser.clock, denoiser.prediction, config.time),
     )
+
+
+def require_called_alike(start: Start | None, denoiser: TimedDenoiser, config: DistilConfig) -> None:
+    """ValueError for a student to begin with that is called at another time, at which it alone draws."""
+    if start is None or not start.one_step:
+        return
+    ours, said = one_step_of(denoiser.clock, denoiser.prediction, config.time), start.one_step
+    for name, now in ours.items():
+        before = said.get(name, now)
+        alike = isclose(before, now, rel_tol=1e-4) if isinstance(now, float) else before == now
+        if not alike:
+            raise ValueError(
+                f"{start.name} is a one-step student whose {name} is {_short(before)}, and with time={config.time:g} "
+                f"this run's is {_short(now)}: it would draw noise. State the time that it was trained for, or begin "
+                "with another"
+            )
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def begun_with(about: AdapterMetadata, prompts: Prompts, begun: Start | Worn | None) -> AdapterMetadata:

@@ -67,6 +67,22 @@ def test_another_run_in_the_folder_is_refused(workplace, capsys):
     assert "seed was 0 and is 1" in refused(capsys, *SMALL, "--steps", "1", "--seed", "1")
 
 
+def test_a_student_without_its_checkpoint_is_never_written_over(workplace, capsys):
+    student = workplace / "run" / "adapter.safetensors"
+    printed(capsys, *SMALL, "--steps", "1")
+    (workplace / "run" / "checkpoint.safetensors").unlink()
+    before = student.read_bytes()
+    assert "but no checkpoint" in refused(capsys, *SMALL, "--steps", "1", "--seed", "1")
+    assert student.read_bytes() == before
+
+
+def test_a_student_of_another_time_is_no_beginning(workplace, capsys):
+    early = printed(capsys, *SMALL, "--steps", "1", "--time", "0.4", "--out", "early")["student"]
+    said = refused(capsys, *SMALL, "--steps", "1", "--init-adapter", early)
+    assert "level is 0.4" in said and "this run's is 1" in said and not (workplace / "run").exists()
+    assert printed(capsys, *SMALL, "--steps", "1", "--time", "0.4", "--init-adapter", early)["steps"] == 1
+
+
 def test_a_file_has_the_names_of_the_flags(workplace, capsys):
     (workplace / "distill.toml").write_text(
         'steps = 1\nbatch_size = 2\nresolution = 32\nout = "run"\nprompt = ["a {star|tree}"]\nfake_rank = 2\n'

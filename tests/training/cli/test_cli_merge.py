@@ -20,6 +20,11 @@ def test_two_students_become_one_that_draws(workplace, capsys):
         t.numel() for t in load_file("merged.safetensors").values()
     )
     capsys.readouterr()
+    before = (workplace / files[0]).read_bytes()
+    for there in (files[0], "merged.safetensors"):
+        assert run(["merge", *files, there]) == 1
+        assert "is there already" in capsys.readouterr().err
+    assert (workplace / files[0]).read_bytes() == before
     drawing = ["generate", "--adapter", "merged.safetensors", "--prompt", "star", "--size", "32x32"]
     assert run([*drawing, "--json"]) == 0 and json.loads(capsys.readouterr().out)["pictures"]
     assert run([*drawing, "--guidance", "3"]) == 1 and "one-step student" in capsys.readouterr().err

@@ -175,6 +175,9 @@ def test_a_student_to_begin_with_is_where_the_run_begins(tmp_path):
     after = run(tmp_path, start=start, steps=1, learning_rate=1e-9, ema_decay=0.0)
     assert all(torch.allclose(after.adapter_state[name], tensor, atol=1e-7) for name, tensor in learned.items())
     assert read_about(after.path).started_from == "first"
+    early = Start("early", learned, layers, "", {"level": 0.4, "unit": "sigma", "prediction": "flow", "start": "unit"})
+    with pytest.raises(ValueError, match=r"level is 0\.4"):
+        run(start=early)
     with pytest.raises(IncompatibleCheckpoint, match="start"):
         run(tmp_path, steps=1, learning_rate=1e-9, ema_decay=0.0)
 
