@@ -41,13 +41,18 @@ def distill(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Teach a model to draw in one step, from prompts alone. Prints where the student is."""
+    """Teach a model to draw in one step, from prompts alone; the same command again continues a run that stopped."""
     with launched() as launch:
         table = as_launched(merge(read_toml(config) if config else {}, given))
         require_alike(table, launch.processes)
         if table.get("precision") == AUTOMATIC_PRECISION:
             table["precision"] = precision_on(launch.device_of(table.get("device", DistilJob.device)))
         refuse_idle_options(table)
+        if table.get("full") and table.get("adapter"):
+            stated = ", ".join(map(str, table["adapter"]))
+            raise ValueError(
+                f"Got {stated} of an adapter, and full, which trains all weights without one: leave one of both out"
+            )
         ours, rest = sorted_out(table, DistilJob, DistilConfig)
         run(from_table(DistilJob, ours), from_table(DistilConfig, rest), as_json, launch)
 
@@ -94,11 +99,13 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         require_called_alike(start, cast("TimedDenoiser", host.denoiser), options)
         job = replace(job, style_phrase=job.style_phrase or phrase_of(worn))
         prompts = prompts_of(job, host, folder)
-    side = job.resolution or host.resolution
-    if side % host.pixels_per_token:
+    side = host.resolution if job.resolution is None else job.resolution
+    if side < 1 or side % host.pixels_per_token:
         raise ValueError(f"Got resolution={side}: {host.name} draws multiples of {host.pixels_per_token}")
     with processes.together():
         encode = _encoder(job, host, prompts, folder, processes.rank)
+        if options.sample_every and options.sample_prompts:
+            host.encode_prompts(list(options.sample_prompts))  # refuses what the model does not know
 
     def report(event: "Event") -> None:
         by_pairs = "apart" not in event.others

@@ -28,7 +28,8 @@ AdapterFile = Annotated[
 Plain = Annotated[
     bool, typer.Option("--plain", help="Take the prompts as they are, without the adapter's style phrase.")
 ]
-Negative = Annotated[str, typer.Option(help="What to keep away from, where the model is guided.")]
+Negative = Annotated[str, typer.Option(help="What to keep away from: by guidance, in attention with a student.")]
+Steps = Annotated[int | None, typer.Option(help="Of a model that is no student. (default: 20)")]
 Guidance = Annotated[float | None, typer.Option(help="Of classifier-free guidance. (default: the model's own)")]
 StyleGuidance = Annotated[
     float, typer.Option(help="FineStyle's first scale: more of what the adapter changes, beside --guidance.")
@@ -46,7 +47,7 @@ def generate(
     plain: Plain = False,
     negative: Negative = "",
     seed: int = 0,
-    steps: int = 20,
+    steps: Steps = None,
     guidance: Guidance = None,
     style_guidance: StyleGuidance = 0.0,
     size: Size = None,
@@ -75,6 +76,8 @@ def generate(
         raise ValueError(
             f"{adapter} is a one-step student, which is never guided: leave --guidance and --style-guidance out"
         )
+    if level is not None and steps not in (None, 1):
+        raise ValueError(f"{adapter} is a one-step student, which draws in one: leave --steps {steps} out")
     with wearing(host, adapter) as (host, phrase, attachment), progress_bar() as update:
         scale = host.guidance_scale if guidance is None else guidance
         asked = prompts if plain else in_style(prompts, phrase)
@@ -82,7 +85,7 @@ def generate(
             host,
             asked,
             seed=seed,
-            steps=steps,
+            steps=20 if steps is None else steps,
             guidance_scale=scale,
             guidance=finestyle(style_guidance, scale - 1) if style_guidance else None,
             adapter=attachment,

@@ -194,6 +194,11 @@ def recall(folder: Path) -> Job:
     try:
         return from_table(Job, json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
+        if (folder / "config.json").is_file() and isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"{folder} is no run of `stylewright train`. If `stylewright distill` made it, give that command again "
+                f"as it was, with --out {folder}: it continues"
+            ) from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
             f"{folder} is not the folder of a run of `stylewright train`: {FILE} in it: {reason}"

@@ -97,7 +97,7 @@ def train(
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run of train.")],
     steps: Annotated[int | None, typer.Option(help="Train until this step instead.")] = None,
     device: Annotated[str | None, typer.Option(help="Another device than before.")] = None,
     as_json: Json = False,

@@ -24,14 +24,14 @@ class Lines(Sequence[str]):
     def __init__(self, path: Path, folder: Path, check: Callable[[str], object]) -> None:
         """``folder`` is for the index. ``check`` raises ValueError for a line with braces that cannot be used.
 
-        ValueError where the file cannot be read as UTF-8.
+        ValueError where the file cannot be read, and for such a line, or one that is no UTF-8, with its number.
         """
         self._path = path
         try:
             index = folder / f"lines-{_name(path)}.index"
             if not index.exists():
                 write_atomically(index, lambda temporary: _write_index(path, temporary, check))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise ValueError(f"Cannot read the lines of {path}: {error}") from error
         mapped = np.memmap(index, np.uint8, "r")
         self.digest = mapped[:DIGEST_BYTES].tobytes().hex()  # of the whole file
@@ -58,16 +58,25 @@ def _name(path: Path) -> str:
     return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
+def _check(text: bytes, check: Callable[[str], object], where: str) -> None:
+    try:
+        check(text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: no UTF-8 ({error}): save the file as UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def _write_index(path: Path, index: Path, check: Callable[[str], object]) -> None:
     content, begins, place = hashlib.blake2b(digest_size=DIGEST_BYTES), array("q"), 0
     with path.open("rb") as lines, index.open("wb") as file:
         file.write(bytes(DIGEST_BYTES))
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             content.update(line)
             text = line.strip()
             if text and not text.startswith(b"#"):
                 if not text.isascii() or b"{" in text or b"}" in text:  # any other is UTF-8, and has no braces
-                    check(text.decode())
+                    _check(text, check, f"{path}, line {number}")
                 begins.append(place)
             place += len(line)
             if len(begins) == AT_ONCE:

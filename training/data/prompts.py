@@ -19,6 +19,7 @@ from .captions import styled
 from .lines import Lines
 from .store import Store
 
+SHOWN = 200  # letters of a line that an error repeats
 Encode = Callable[[list[str]], Conditioning]  # one row a prompt
 
 
@@ -46,7 +47,11 @@ def read_line(text: str) -> Line:
     places = []
     for position, part in enumerate(re.split(r"\{([^{}]*)\}", text)):
         if position % 2 == 0 and set(part) & set("{}"):
-            raise ValueError(f"The prompt {text!r} has a brace without its other: write alternatives as {{a|b}}.")
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+            raise ValueError(
+                f"The prompt {shown!r} has a brace without its other, or one inside of another: write alternatives as "
+                "{a|b}, which do not nest."
+            )
         places.append(tuple(part.split("|")) if position % 2 else (part,))
     return Line(tuple(places))
 

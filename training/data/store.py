@@ -31,7 +31,9 @@ class Store:
             with closing(self._open(self._own)) as file, file:
                 file.execute(TABLE)
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(f"Cannot write to {self._own}: {error}. Name another folder for the run") from error
+            raise ValueError(
+                f"Cannot keep encoded prompts in {self._own}: {error}. Delete that file, or name another folder"
+            ) from error
 
     def recall(self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors under ``key``, made and kept if they are not there."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.attach import Adapter
+from ..attention_presets import preset
 from ..denoiser import Conditioning, Denoiser
 from ..guidance import Guidance
 from ..noise import gaussian
@@ -15,6 +16,7 @@ from ..randomness import generator
 from ..sampling import sample
 from .guided import GuidedDenoiser
 from .host import Host
+from .negative import NegativeDenoiser
 
 
 @torch.no_grad()
@@ -53,7 +55,11 @@ def generate(
 
     if one_step is not None:
         noise, process = noise.to(host.device), host.denoiser.process
-        answer, fed = answer_of(host.denoiser, conditioning(prompts)), first_input(process, noise, one_step)
+        denoiser = host.denoiser
+        if negative:  # inside attention: a student is not guided from outside
+            away = conditioning([negative] * len(prompts))
+            denoiser = NegativeDenoiser(denoiser, preset(denoiser.family).guidance, away)
+        answer, fed = answer_of(denoiser, conditioning(prompts)), first_input(process, noise, one_step)
         drawn = draw(answer, fed, noise, process=process, log_snrs=one_step.to(host.device))
         return host.decode_latents(drawn).cpu()
     denoiser: Denoiser = host.denoiser

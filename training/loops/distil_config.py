@@ -94,9 +94,12 @@ class DistilConfig:
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1, for example 0.999")
         self._require("null_share", 0 <= self.null_share <= 1, "a share from 0 to 1")
         self._require("time", 0 < self.time <= 1, "a share above 0, up to 1")
-        self._require("guidance_low", -math.inf < self.guidance_low <= self.guidance_high < math.inf, "low <= high")
-        self._require("nasa_low", 0 <= self.nasa_low <= self.nasa_high < math.inf, "0 <= low <= high")
-        self._require("lowest_time", 0 <= self.lowest_time < self.highest_time <= 1, "0 <= lowest < highest <= 1")
+        fits = -math.inf < self.guidance_low <= self.guidance_high < math.inf
+        self._require_range("guidance_low", "guidance_high", fits, "low <= high")
+        fits = 0 <= self.nasa_low <= self.nasa_high < math.inf
+        self._require_range("nasa_low", "nasa_high", fits, "0 <= low <= high")
+        fits = 0 <= self.lowest_time < self.highest_time <= 1
+        self._require_range("lowest_time", "highest_time", fits, "0 <= lowest < highest <= 1")
         if self.negative_prompts:
             Prompts(self.negative_prompts)
         self._require("clip_threshold", -1 < self.clip_threshold <= 1, "a cosine above -1, up to 1")
@@ -115,6 +118,11 @@ class DistilConfig:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"Got {name}={getattr(self, name)!r}: expected {expected}.")
+
+    def _require_range(self, low: str, high: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = ", ".join(f"{name}={getattr(self, name)!r}" for name in (low, high))
+            raise ValueError(f"Got {got}: expected finite numbers with {expected}.")
 
     @property
     def samples_a_step(self) -> int:

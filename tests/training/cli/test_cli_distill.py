@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,9 +41,13 @@ def test_distil_continue_and_draw_in_one_step(workplace, capsys):
     assert json.loads(report["metadata"]["stylewright.one_step"])["level"] == 1.0
     drawn = printed(capsys, "generate", "--adapter", longer["student"], "--prompt", "star", "--size", "32x32")
     assert len(drawn["pictures"]) == 1
-    assert "leave --guidance and" in refused(
-        capsys, "generate", "--adapter", longer["student"], "--prompt", "star", "--guidance", "3"
-    )
+    drawing = ["generate", "--adapter", longer["student"], "--prompt", "star"]
+    assert "leave --guidance and" in refused(capsys, *drawing, "--guidance", "3")
+    assert "leave --steps 4 out" in refused(capsys, *drawing, "--steps", "4")
+    away = printed(capsys, *drawing, "--size", "32x32", "--negative", "tree")
+    one, other = (Path(each["pictures"][0]["file"]).read_bytes() for each in (drawn, away))
+    assert one != other
+    assert "give that command again" in refused(capsys, "resume", "run")
 
 
 def test_pictures_are_compared_with_prompts_by_the_models_own_features_or_by_a_clip(workplace, random_weights, capsys):
@@ -60,6 +65,21 @@ def test_a_model_without_features_needs_a_clip():
     host = replace(load_host("embedded"), name="mine", open_features=None)
     with pytest.raises(ValueError, match="--clip names the folder of a CLIP"):
         likeness_of(DistilJob(), DistilConfig(clip_weight=0.1), host)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resolution", "-16"], "Got resolution=-16"),
+        (["--resolution", "0"], "Got resolution=0"),
+        (["--sample-every", "2", "--sample-prompts", "a zebra"], "zebra"),
+        (["--guidance-high", "inf"], "guidance_low=0.5, guidance_high=inf"),
+        (["--full"], "trains all weights"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_done(more, message, workplace, capsys):
+    assert message in refused(capsys, *SMALL, "--steps", "3", *more)
+    assert not (workplace / "run").exists()
 
 
 def test_another_run_in_the_folder_is_refused(workplace, capsys):
@@ -140,7 +160,9 @@ def test_a_style_becomes_a_one_step_style_in_one_file(workplace, capsys):
 
 
 def test_all_weights_learn_and_are_drawn_with(workplace, capsys):
-    result = printed(capsys, *SMALL, "--steps", "1", "--full", "--learning-rate", "1e-3")
+    rank = SMALL.index("--rank")
+    whole = SMALL[:rank] + SMALL[rank + 2 :]
+    result = printed(capsys, *whole, "--steps", "1", "--full", "--learning-rate", "1e-3")
     assert result["student"].endswith("student.safetensors")
     drawing = ["generate", "--prompt", "star", "--size", "32x32", "--adapter", result["student"]]
     assert len(printed(capsys, *drawing)["pictures"]) == 1

@@ -27,6 +27,9 @@ def test_a_line_without_braces_is_itself():
 def test_braces_that_do_not_match_are_refused(text):
     with pytest.raises(ValueError, match="brace"):
         read_line(text)
+    with pytest.raises(ValueError, match="do not nest") as caught:
+        read_line(text + 10_000 * "x")
+    assert len(str(caught.value)) < 400
 
 
 def test_each_line_is_as_likely_as_any_other_and_each_of_its_prompts():
@@ -47,7 +50,11 @@ def test_a_file_has_a_prompt_a_line(tmp_path):
     file.write_text("# subjects\n\n a tree \nein {Haus|Stern} in blauem Stil\n", encoding="utf-8")
     lines = read_prompts(file, tmp_path / "cache")
     assert tuple(lines) == ("a tree", "ein {Haus|Stern} in blauem Stil")
-    for text, words in (("# nothing\n", "no prompts"), ("a {tree\n", "brace"), (b"\xff\n", "Cannot read")):
+    for text, words in (
+        ("# nothing\n", "no prompts"),
+        ("a\na {tree\n", r"prompts\.txt, line 2: .*brace"),
+        (b"\xff\n", "line 1: no UTF-8"),
+    ):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=words):
             read_prompts(file, tmp_path / "cache")
