@@ -43,7 +43,7 @@ def test_what_cannot_be_trusted_is_made_again(tmp_path, damage):
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"Cannot write to .*rows-0\.sqlite"):
+    with pytest.raises(ValueError, match=r"Cannot keep encoded prompts in .*rows-0\.sqlite"):
         Store(tmp_path / "file")
 
 
