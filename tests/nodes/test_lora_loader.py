@@ -299,7 +299,7 @@ def test_one_source_has_to_be_chosen(tiny, loras):
     path = saved(loras / "one.safetensors", model, "flux", FLUX, "kohya")
     from stylewright.nodes.bridge.adapters import read_tensors
 
-    with pytest.raises(ValueError, match="no linked one"):
+    with pytest.raises(ValueError, match="there is no adapter: choose a file"):
         load(model)
     with pytest.raises(ValueError, match="a linked one"):
         load(model, "one.safetensors", lora=read_tensors(path))
