@@ -301,7 +301,7 @@ def test_one_source_has_to_be_chosen(tiny, loras):
 
     with pytest.raises(ValueError, match="there is no adapter: choose a file"):
         load(model)
-    with pytest.raises(ValueError, match="a linked one"):
+    with pytest.raises(ValueError, match="and the linked one"):
         load(model, "one.safetensors", lora=read_tensors(path))
 
 
