@@ -23,7 +23,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,51 +226,45 @@ def values(rows: list[dict[str, Any]], method: str, rule: str, name: str) -> dic
     return {(row["arm"]["style"], row["arm"]["seed"]): row["scores"][rule][name] for row in mine}
 
 
+def row(label: str, cells: Iterable[str]) -> str:
+    return f"{label:24}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def compared(rows: list[dict[str, Any]], methods: Sequence[str], places: Container[tuple[str, int]]) -> Iterator[str]:
+    """A row of means a method, of the runs at these places, then differences to the first method in pairs."""
+    scores = {
+        method: [{at: one for at, one in values(rows, method, "cfg", name).items() if at in places} for name in SCORES]
+        for method in methods
+    }
+    for method in methods:
+        yield row(method, (shown(list(each.values())) for each in scores[method]))
+    yield from ("", f"less {methods[0]}, run by run")
+    for method in methods[1:]:
+        pairs = zip(scores[method], scores[methods[0]], strict=True)
+        yield row(method, (shown([mine[at] - base[at] for at in mine.keys() & base.keys()]) for mine, base in pairs))
+
+
 def report(out: Path) -> str:
     """Means with 95 % intervals over styles and seeds, differences to LoRA in pairs, and the grid."""
-    rows = read(out)
-    first = next(iter(METHODS))
-    count = sum(not row["arm"]["rate"] and row["arm"]["method"] in METHODS for row in rows)
+    rows, methods = read(out), list(METHODS)
+    count = sum(not each["arm"]["rate"] and each["arm"]["method"] in METHODS for each in rows)
+    everywhere = {place for method in methods for place in values(rows, method, "cfg", "style")}
+    before = [values(rows, methods[0], "before", name) for name in SCORES]
     lines = [f"{count} runs of {RECIPE.steps} steps; mean and half the 95 % interval over styles and seeds", ""]
-    lines += [f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
-    for method, rule in [(first, "before"), *((method, "cfg") for method in METHODS)]:
-        cells = [shown(list(values(rows, method, rule, name).values())) for name in SCORES]
-        lines.append(f"{'before' if rule == 'before' else method:24}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += ["", f"less {first}, run by run"]
-    for method in list(METHODS)[1:]:
-        cells = []
-        for name in SCORES:
-            mine, base = values(rows, method, "cfg", name), values(rows, first, "cfg", name)
-            cells.append(shown([mine[place] - base[place] for place in mine.keys() & base.keys()]))
-        lines.append(f"{method:24}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += ["", "FineStyle's two scales, first seed"]
+    lines += [row("", SCORES), row("before", (shown(list(each.values())) for each in before))]
+    lines += [*compared(rows, methods, everywhere), "", "FineStyle's two scales, first seed"]
     for l1, l2 in GRID:
-        cells = [shown(list(values(rows, "FineStyle", f"{l1:g} {l2:g}", name).values())) for name in SCORES]
-        lines.append(f"l1 {l1:<4g} l2 {l2:<13g}" + "".join(f"{cell:>16}" for cell in cells))
+        found = [values(rows, "FineStyle", f"{l1:g} {l2:g}", name) for name in SCORES]
+        lines.append(row(f"l1 {l1:<4g} l2 {l2:g}", (shown(list(each.values())) for each in found)))
     return "\n".join(lines)
 
 
 def report_forms(out: Path) -> str:
     """Means of the forms over the styles and seeds that all of them have, and differences to the first in pairs."""
-    rows = read(out)
-    places = set.intersection(
-        {(arm.style, arm.seed) for arm in form_arms()}, *(set(values(rows, form, "cfg", "style")) for form in FORMS)
-    )
-    scores = {
-        (form, name): {place: one for place, one in values(rows, form, "cfg", name).items() if place in places}
-        for form, name in itertools.product(FORMS, SCORES)
-    }
-    first = next(iter(FORMS))
-    lines = [f"{len(places)} runs of each", f"{'':24}" + "".join(f"{name:>16}" for name in SCORES)]
-    for form in FORMS:
-        cells = [shown(list(scores[form, name].values())) for name in SCORES]
-        lines.append(f"{form:24}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += ["", f"less {first}, run by run"]
-    for form in list(FORMS)[1:]:
-        pairs = {name: (scores[form, name], scores[first, name]) for name in SCORES}
-        cells = [shown([mine[at] - base[at] for at in mine.keys() & base.keys()]) for mine, base in pairs.values()]
-        lines.append(f"{form:24}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    rows, forms = read(out), list(FORMS)
+    places = {(arm.style, arm.seed) for arm in form_arms()}
+    places = places.intersection(*(values(rows, form, "cfg", "style") for form in forms))
+    return "\n".join([f"{len(places)} runs of each", row("", SCORES), *compared(rows, forms, places)])
 
 
 def report_rates(out: Path) -> str:
@@ -278,11 +272,10 @@ def report_rates(out: Path) -> str:
     for method in RATED:
         cells = []
         for rate in RATES:
-            mine = [row for row in read(out) if row["arm"]["method"] == method and row["arm"]["rate"] == rate]
-            means = [
-                sum(row["scores"]["cfg"][name] for row in mine) / max(len(mine), 1) for name in ("style", "subject")
-            ]
-            cells.append(f"{means[0]:.2f} / {means[1]:.2f}" if mine else "-")
+            asked = {"method": method, "rate": rate}.items()
+            mine = [each["scores"]["cfg"] for each in read(out) if asked <= each["arm"].items()]
+            means = (f"{sum(each[name] for each in mine) / len(mine):.2f}" for name in ("style", "subject"))
+            cells.append(" / ".join(means) if mine else "-")
         lines.append(f"{method:24}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
@@ -321,8 +314,7 @@ def draw(out: Path, path: Path) -> None:
 
 
 def parameters() -> str:
-    host = load_embedded()
-    lines = []
+    host, lines = load_embedded(), []
     for name, method in (METHODS | FORMS).items():
         with attached(host.denoiser.module, method.adapter, family=host.denoiser.family, seed=0) as adapter:
             lines.append(f"{name:24} {sum(tensor.numel() for tensor in adapter.parameters()):>10}")

@@ -107,7 +107,10 @@ def looking() -> list[io.Input]:
             max=64,
             optional=True,
             advanced=True,
-            tooltip="With how much chance a picture is looked at: so many noises at each of three noise levels.",
+            tooltip=(
+                "With how much chance a picture is looked at: so many noises at each of three noise levels, of four by "
+                "prediction error."
+            ),
         ),
         io.Int.Input(
             "seed",

@@ -4,8 +4,8 @@ from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS, UNMERGEABLE
 from ..training.distillation import CONVENTIONS, DMD
-from ..training.loops.config import AUTOMATIC_PRECISION, PRECISIONS
-from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
+from ..training.loops.optimizers import OPTIMIZERS
+from . import training_widgets as widgets
 from .trainer_inputs import PRESETS
 
 
@@ -106,20 +106,10 @@ def plain() -> list[io.Input]:
             tooltip="Side in pixels of the pictures that are learned: 512 for SD1.5, 1024 for SDXL, SD3 and FLUX, 128 "
             "for the embedded model.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,
-            tooltip="The same seed and settings give the same student.",
-        ),
-        io.Combo.Input(
-            "precision",
-            options=[*PRECISIONS, AUTOMATIC_PRECISION],
-            default=AUTOMATIC_PRECISION,
-            tooltip="Of the arithmetic: automatic is bfloat16 on a GPU, and float32 on a CPU. Weights that are trained "
-            "are kept in float32 either way.",
+        widgets.seed("The same seed and settings give the same student."),
+        widgets.precision(
+            "Of the arithmetic: automatic is bfloat16 on a GPU, and float32 on a CPU. Weights that are "
+            "trained are kept in float32 either way."
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
@@ -131,21 +121,11 @@ def plain() -> list[io.Input]:
             default="stylewright/student",
             tooltip="Where the student goes, below models/loras. A number is added, and nothing is ever overwritten.",
         ),
-        io.String.Input(
-            "sample_prompt",
-            default="",
-            multiline=True,
-            placeholder="a house by a lake",
-            tooltip="What to draw meanwhile, one line a picture: by the teacher at first, then by the student in one "
-            "step. Empty: nothing.",
+        widgets.sample_prompt(
+            "What to draw meanwhile, one line a picture: by the teacher at first, then by the student in "
+            "one step. Empty: nothing."
         ),
-        io.Int.Input(
-            "sample_every",
-            default=100,
-            min=0,
-            max=100_000,
-            tooltip="Steps between these pictures, the last of which come at the end. 0 = none.",
-        ),
+        widgets.sample_every(100),
     ]
 
 
@@ -285,83 +265,16 @@ def training() -> list[io.Input]:
             advanced=True,
             tooltip="Which layers the student and the fake network adapt: a student has to change all that it can.",
         ),
-        io.String.Input(
-            "target_patterns",
-            default="",
-            multiline=True,
-            placeholder="double_blocks\\.\\d+\\.img_attn\\.qkv",
-            advanced=True,
-            tooltip="Regular expressions for the ends of layers' names, one a line. They replace the targets above.",
-        ),
+        widgets.target_patterns(),
         io.Combo.Input(
             "optimizer", options=list(OPTIMIZERS), default="adamw", advanced=True, tooltip="Of both networks."
         ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(SCHEDULES),
-            default="constant",
-            advanced=True,
-            tooltip="How both learning rates go over the run.",
-        ),
-        io.Int.Input(
-            "warm_up",
-            default=0,
-            min=0,
-            max=100_000,
-            advanced=True,
-            tooltip="Steps over which both learning rates grow first.",
-        ),
-        io.Float.Input(
-            "weight_decay",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            advanced=True,
-            tooltip="Pulls the adapters to zero.",
-        ),
-        io.Float.Input(
-            "clip_norm",
-            default=1.0,
-            min=0.0,
-            max=1000.0,
-            step=0.1,
-            advanced=True,
-            tooltip="Largest norm of either gradient. 0 = no limit.",
-        ),
-        io.Float.Input(
-            "ema_decay",
-            default=0.99,
-            min=0.0,
-            max=0.9999,
-            step=0.001,
-            round=0.0001,
-            advanced=True,
-            tooltip="Saves a moving average of the student with this decay. 0 = none.",
-        ),
-        io.Int.Input(
-            "save_every",
-            default=250,
-            min=0,
-            max=100_000,
-            advanced=True,
-            tooltip="Steps between checkpoints, from which a run continues after a crash. 0 = none until it stops.",
-        ),
-        io.Int.Input(
-            "sample_steps",
-            default=20,
-            min=1,
-            max=200,
-            advanced=True,
-            tooltip="Sampling steps of the teacher's pictures. The student's have one.",
-        ),
-        io.Float.Input(
-            "sample_cfg",
-            default=1.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            advanced=True,
-            tooltip="Guidance of the teacher's pictures: 1 for FLUX.1, 3 for the embedded model, 5 for SDXL.",
-        ),
+        widgets.scheduler("How both learning rates go over the run."),
+        widgets.warm_up("Steps over which both learning rates grow first."),
+        widgets.weight_decay("Pulls the adapters to zero."),
+        widgets.clip_norm("either gradient"),
+        widgets.ema_decay(0.99, "Saves a moving average of the student with this decay. 0 = none."),
+        widgets.save_every(250),
+        widgets.sample_steps("Sampling steps of the teacher's pictures. The student's have one."),
+        widgets.sample_cfg("the teacher's"),
     ]

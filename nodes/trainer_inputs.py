@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from ..training.adapters.methods import METHODS
 from ..training.adapters.targets import TARGETS
-from ..training.loops.config import AUTOMATIC_PRECISION, PRECISIONS
-from ..training.loops.optimizers import OPTIMIZERS, SCHEDULES
+from ..training.loops.optimizers import OPTIMIZERS
 from ..training.losses import CHOICES as LOSS_CHOICES
 from ..training.weightings import WEIGHTINGS
+from . import training_widgets as widgets
 from .sockets import DATASET, DENSITY
 
 PRESETS = list(dict.fromkeys(preset for presets in TARGETS.values() for preset in presets))
@@ -114,22 +114,10 @@ def plain() -> list[io.Input]:
                 "FineStyle's. kv_both: keys and values of text and picture."
             ),
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,
-            tooltip="The same seed and settings give the same adapter.",
-        ),
-        io.Combo.Input(
-            "precision",
-            options=[*PRECISIONS, AUTOMATIC_PRECISION],
-            default=AUTOMATIC_PRECISION,
-            tooltip=(
-                "Of the arithmetic: automatic is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slow. The "
-                "adapter's weights are kept in float32 either way."
-            ),
+        widgets.seed("The same seed and settings give the same adapter."),
+        widgets.precision(
+            "Of the arithmetic: automatic is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slow. The "
+            "adapter's weights are kept in float32 either way."
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
@@ -144,79 +132,23 @@ def plain() -> list[io.Input]:
             default="stylewright/style",
             tooltip="Where the adapter goes, below models/loras. A number is added, and nothing is ever overwritten.",
         ),
-        io.String.Input(
-            "sample_prompt",
-            default="",
-            multiline=True,
-            placeholder="a house by a lake",
-            tooltip="What to draw while training, one line a picture; the style phrase is added. Empty: nothing.",
+        widgets.sample_prompt(
+            "What to draw while training, one line a picture; the style phrase is added. Empty: nothing."
         ),
-        io.Int.Input(
-            "sample_every",
-            default=50,
-            min=0,
-            max=100_000,
-            tooltip="Steps between these pictures, the last of which come at the end. 0 = none.",
-        ),
+        widgets.sample_every(50),
     ]
 
 
 def advanced() -> list[io.Input]:
     """The widgets that a user has to ask for."""
     return [
-        io.Int.Input("sample_steps", default=20, min=1, max=200, advanced=True, tooltip="Sampling steps of a picture."),
-        io.Float.Input(
-            "sample_cfg",
-            default=1.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            advanced=True,
-            tooltip="Guidance of these pictures: 1 for FLUX.1, 3 for the embedded model, 5 for SDXL.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(SCHEDULES),
-            default="constant",
-            advanced=True,
-            tooltip="How the learning rate goes over the run.",
-        ),
-        io.Int.Input(
-            "warm_up",
-            default=0,
-            min=0,
-            max=100_000,
-            advanced=True,
-            tooltip="Steps over which the learning rate grows first.",
-        ),
-        io.Float.Input(
-            "weight_decay",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            advanced=True,
-            tooltip="Pulls the adapter to zero.",
-        ),
-        io.Float.Input(
-            "clip_norm",
-            default=1.0,
-            min=0.0,
-            max=1000.0,
-            step=0.1,
-            advanced=True,
-            tooltip="Largest norm of a step's gradient. 0 = no limit.",
-        ),
-        io.Float.Input(
-            "ema_decay",
-            default=0.0,
-            min=0.0,
-            max=0.9999,
-            step=0.001,
-            round=0.0001,
-            advanced=True,
-            tooltip="Saves a moving average of the adapter with this decay, for example 0.99. 0 = none.",
-        ),
+        widgets.sample_steps("Sampling steps of a picture."),
+        widgets.sample_cfg("these"),
+        widgets.scheduler("How the learning rate goes over the run."),
+        widgets.warm_up("Steps over which the learning rate grows first."),
+        widgets.weight_decay("Pulls the adapter to zero."),
+        widgets.clip_norm("a step's gradient"),
+        widgets.ema_decay(0.0, "Saves a moving average of the adapter with this decay, for example 0.99. 0 = none."),
         io.Float.Input(
             "caption_dropout",
             default=0.0,
@@ -253,20 +185,6 @@ def advanced() -> list[io.Input]:
             advanced=True,
             tooltip="Noise that is constant over a picture, for very dark or bright styles. 0.01 is in use for FLUX.",
         ),
-        io.Int.Input(
-            "save_every",
-            default=100,
-            min=0,
-            max=100_000,
-            advanced=True,
-            tooltip="Steps between checkpoints, from which a run continues after a crash. 0 = none until it stops.",
-        ),
-        io.String.Input(
-            "target_patterns",
-            default="",
-            multiline=True,
-            placeholder="double_blocks\\.\\d+\\.img_attn\\.qkv",
-            advanced=True,
-            tooltip="Regular expressions for the ends of layers' names, one a line. They replace the targets above.",
-        ),
+        widgets.save_every(100),
+        widgets.target_patterns(),
     ]

@@ -78,6 +78,11 @@ def generate(
         )
     if level is not None and steps not in (None, 1):
         raise ValueError(f"{adapter} is a one-step student, which draws in one: leave --steps {steps} out")
+    unguided = (host.guidance_scale if guidance is None else guidance) == 1 and not style_guidance
+    if negative and level is None and unguided:
+        raise ValueError(
+            f"--negative has no effect on {host.name} without guidance: give --guidance above 1, or leave it"
+        )
     with wearing(host, adapter) as (host, phrase, attachment), progress_bar() as update:
         scale = host.guidance_scale if guidance is None else guidance
         asked = prompts if plain else in_style(prompts, phrase)
