@@ -20,6 +20,7 @@ from .progress import Update, patient_interrupt, progress_bar
 from .train import CHECKPOINT, loaded_for, nothing_left_of_a_false_start, start_at
 
 if TYPE_CHECKING:
+    from ..data.lines import Lines
     from ..data.prompts import Encode, Prompts
     from ..denoiser import TimedDenoiser
     from ..hosts.host import Host
@@ -90,6 +91,8 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     from ..loops.pupil import require_called_alike
 
     processes = launch.processes
+    with processes.together():
+        lines = stated_prompts(job, folder)
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
     with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
         host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
@@ -98,7 +101,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         start = start_at(job.init_adapter, host, options.adapter)
         require_called_alike(start, cast("TimedDenoiser", host.denoiser), options)
         job = replace(job, style_phrase=job.style_phrase or phrase_of(worn))
-        prompts = prompts_of(job, host, folder)
+        prompts = prompts_of(job, host, lines)
     side = host.resolution if job.resolution is None else job.resolution
     if side < 1 or side % host.pixels_per_token:
         raise ValueError(f"Got resolution={side}: {host.name} draws multiples of {host.pixels_per_token}")
@@ -138,12 +141,23 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         )
 
 
-def prompts_of(job: DistilJob, host: "Host", folder: Path) -> "Prompts":
-    """The job's prompts, or the model's own. ``folder`` is the run's. ValueError where there are none."""
-    from ..data.captions import styled
+def stated_prompts(job: DistilJob, folder: Path) -> "Lines | None":
+    """The lines of the job's file of prompts, if it names one. ``folder`` is the run's.
+
+    ValueError for these and for the prompts beside them where they cannot be used: before a large model is loaded.
+    """
     from ..data.prompts import Prompts, read_prompts
 
-    file = read_prompts(Path(job.prompts), folder / "cache") if job.prompts else None
+    if job.prompt:
+        Prompts(job.prompt)
+    return read_prompts(Path(job.prompts), folder / "cache") if job.prompts else None
+
+
+def prompts_of(job: DistilJob, host: "Host", file: "Lines | None") -> "Prompts":
+    """The job's prompts, further ones in ``file``, or the model's own. ValueError where there are none."""
+    from ..data.captions import styled
+    from ..data.prompts import Prompts
+
     if not (job.prompt or file or host.prompts):
         raise ValueError(f"{host.name} has no prompts of its own: give some by --prompt or --prompts")
     lines = job.prompt if job.prompt or file else host.prompts

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from stylewright.training.cli.app import run
-from stylewright.training.cli.distill import DistilJob, likeness_of, prompts_of
+from stylewright.training.cli.distill import DistilJob, likeness_of, prompts_of, stated_prompts
 from stylewright.training.embedded.oracle import Oracle
 from stylewright.training.hosts.loading import load_host
 from stylewright.training.loops.distil_config import DistilConfig
@@ -115,15 +115,22 @@ def test_a_file_has_the_names_of_the_flags(workplace, capsys):
     assert "did you mean guidance_low?" in refused(capsys, "distill", "--config", "distill.toml")
 
 
+@pytest.mark.parametrize("wrong", [["--prompts", "none.txt"], ["--prompt", "{star"]])
+def test_prompts_are_read_before_the_model(wrong, workplace, monkeypatch, capsys):
+    monkeypatch.setattr("stylewright.training.hosts.loading.load_host", lambda *_, **__: pytest.fail("it was loaded"))
+    refused(capsys, *SMALL, "--steps", "1", *wrong)
+    assert not (workplace / "run").exists()
+
+
 def test_prompts_come_from_flags_a_file_and_the_model_and_get_the_style_phrase(workplace):
     host = load_host("embedded")
     (workplace / "prompts.txt").write_text("a {house|star}\n")
     both = DistilJob(prompt=("a tree",), prompts="prompts.txt", style_phrase="<v0>")
-    prompts = prompts_of(both, host, workplace)
+    prompts = prompts_of(both, host, stated_prompts(both, workplace))
     assert prompts.lines == ("a tree in <v0> style",) and tuple(prompts.file) == ("a {house|star}",)
     drawn = {prompt for step in range(20) for prompt in prompts.drawn(0, step, 4)}
     assert drawn == {"a tree in <v0> style", "a house in <v0> style", "a star in <v0> style"}
-    assert prompts_of(DistilJob(), host, workplace).lines == host.prompts
+    assert prompts_of(DistilJob(), host, None).lines == host.prompts
 
 
 @pytest.mark.parametrize(

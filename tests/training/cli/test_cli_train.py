@@ -51,6 +51,8 @@ def test_train_inspect_convert_and_generate(workplace, capsys):
     assert trained(capsys, "generate", "--adapter", result["adapter"], *small)["pictures"]
     assert run(["generate", *small]) == 1
     assert "give its file with --adapter" in capsys.readouterr().err
+    assert run(["generate", "--prompt", "star", "--negative", "tree", "--guidance", "1"]) == 1
+    assert "--negative has no effect" in capsys.readouterr().err
 
 
 def test_text_says_where_the_results_are(workplace, capsys):

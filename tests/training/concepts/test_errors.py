@@ -68,6 +68,16 @@ def test_things_are_found_where_they_are_known(process, prediction):
         assert values[inside].min() > 0 and values[~around].max() == 0
 
 
+def test_maps_are_means_of_what_is_around_and_never_below_zero():
+    maps = torch.full((2, 6, 6), 0.5)
+    maps[1] = -0.5
+    maps[0, 2, 3] = 9.5
+    found = smooth(maps, 2)
+    assert found[1].max() == 0  # a phrase that does harm there tells of no place
+    assert found[0, 2, 3] == pytest.approx(1.5) and found[0, 1:4, 2:5].unique().numel() == 1
+    assert torch.equal(found[0, 0], maps[0, 0]) and torch.equal(smooth(maps, 1), maps.clamp(min=0))
+
+
 def test_a_phrase_is_taken_out_as_whole_words():
     assert without(PROMPT, "a fox") == "and two trees in ink style"
     assert without("a foxtrot, A  Fox", "a fox") == "a foxtrot,"
