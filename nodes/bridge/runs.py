@@ -17,6 +17,7 @@ from ...training.errors import IncompatibleCheckpoint, TrainingError
 from ...training.formats.state import remove_unfinished, write_atomically
 from ...training.loops.checkpoint import RunDirectory, Stored, key_of, open_run
 from ...training.loops.config import RunConfig, TrainConfig
+from ...training.loops.differing import in_words
 from ...training.loops.distil_config import DistilConfig
 from ...training.loops.teaching import Answers
 from .files import adapter_folder, first_number, require_writable, runs_folder
@@ -75,7 +76,7 @@ class Found:
     def obstacle(self) -> str:
         """Why it cannot be continued, "" where it can."""
         if self.differing:
-            return "; ".join(_sentence(name, *pair) for name, pair in self.differing.items())
+            return "; ".join(OF_MODELS.get(name) or in_words(name, *pair) for name, pair in self.differing.items())
         if self.stored.step > self.steps:
             return f"it has {self.stored.step} steps already, and steps is {self.steps}"
         if not self.stored.continuable and (self.stored.step < self.steps or not has_adapter(self.run, self.steps)):
@@ -83,19 +84,12 @@ class Found:
         return ""
 
 
-def _sentence(name: str, was: Any, now: Any) -> str:
-    return OF_INPUTS.get(name, f"{name} was {was!r} and is {now!r}")
-
-
-# Entries of a run's identity that are hashes, said so that a person knows what to look at.
-OF_INPUTS = {
-    "data.fingerprint": "the pictures, captions or masks are others",
-    "prompts": "the prompts are others",
+# Entries of a run's identity that only ComfyUI's runs have, as :mod:`...training.loops.differing` says the others.
+OF_MODELS = {
     "model.weights": "the model's weights, or the LoRAs and patches on it, are others",
     "model.functions": "what other nodes changed of how the model computes (FreeU, attention patches, …) is different",
     "encoders.clip": "the text encoder is another",
     "encoders.vae": "the VAE is another",
-    "start": "the adapter to begin with is another",
     "teacher.weights": "the teacher, or the LoRAs and patches on it, are others",
     "teacher.functions": "what other nodes changed of how the teacher computes is different",
 }

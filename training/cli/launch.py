@@ -12,6 +12,8 @@ import typer
 
 from ..processes import ALONE, Processes, group_of_words
 
+logger = logging.getLogger(__name__)
+
 # What accelerate tells the processes that it launches.
 PRECISION, USES_FSDP = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"
 PRECISIONS = {"bf16": "bfloat16", "no": None}  # as our option has it; None = as that says
@@ -47,6 +49,8 @@ def launched() -> Iterator[Launch]:
     ValueError for a way of launching that is not supported.
     """
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if PRECISION in os.environ:  # by accelerate, which may have been meant to begin more
+            logger.info("works on 1 process")
         yield Launch()
         return
     launch = _joined()
@@ -54,6 +58,8 @@ def launched() -> Iterator[Launch]:
     if not processes.writes:
         logging.getLogger(__name__.partition(".training")[0]).setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
+    has = "a part of the model" if processes.sharded else "the whole model"
+    logger.info("works on %d processes, each of which has %s and its share of every step", processes.count, has)
     try:
         yield launch
         import torch.distributed as dist

@@ -34,6 +34,7 @@ from ..formats.styles import Weights
 from ..formats.whole import save_whole
 from ..processes import Processes
 from .config import RunConfig, TrainConfig, config_from_table
+from .differing import listed
 from .samples import save_samples
 from .tables import differences, from_table, to_table
 
@@ -112,7 +113,7 @@ class RunDirectory:
             return None
         if differing := stored.differences(config, identity):
             raise IncompatibleCheckpoint(
-                f"{self.checkpoint} belongs to another run: {listed(differing)}. Continue it with its own options, or "
+                f"{self.checkpoint} belongs to another run: {listed(differing)}. Continue it with what it began with, or "
                 "choose another folder."
             )
         if stored.step > config.steps:
@@ -243,11 +244,6 @@ def read_config(path: Path) -> TrainConfig:
         return config_from_table(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not the folder of a training run: {error}") from error
-
-
-def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
-    """ "seed was 0 and is 3; …"."""
-    return "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items())
 
 
 def require_writable(path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..processes import Processes
+from .differing import OF_INPUTS
 from .tables import differences
 
 
@@ -70,7 +71,10 @@ def require_alike(table: Mapping[str, Any], processes: Processes) -> None:
     with processes.together():
         for rank, other in enumerate(others, start=1):
             if differing := differences(first, other):
-                listed = "; ".join(f"{name} is {a!r} in the first and {b!r} here" for name, (a, b) in differing.items())
+                listed = "; ".join(
+                    OF_INPUTS.get(name, f"{name} is {a!r} in the first and {b!r} here")
+                    for name, (a, b) in differing.items()
+                )
                 raise ValueError(
                     f"Process {rank} of {processes.count} was begun with something else than the first: {listed}. "
                     "Begin all of them with the same command, pictures and model."

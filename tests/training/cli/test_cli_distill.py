@@ -87,6 +87,18 @@ def test_another_run_in_the_folder_is_refused(workplace, capsys):
     assert "seed was 0 and is 1" in refused(capsys, *SMALL, "--steps", "1", "--seed", "1")
 
 
+def test_what_is_known_by_a_hash_alone_is_said_in_words(workplace, capsys):
+    student = printed(capsys, *SMALL, "--steps", "1")["student"]
+    assert "the prompts are others" in refused(capsys, *SMALL, "--steps", "1", "--prompt", "a star")
+    said = refused(capsys, *SMALL, "--steps", "1", "--init-adapter", student)
+    assert "an adapter to begin with is given now, and there was none. Continue it with what it began with" in said
+    printed(capsys, *SMALL, "--steps", "1", "--init-adapter", student, "--out", "second")
+    assert "is given no more, and there was one" in refused(capsys, *SMALL, "--steps", "1", "--out", "second")
+    other = printed(capsys, *SMALL, "--steps", "1", "--seed", "1", "--ema-decay", "0", "--out", "other")["student"]
+    again = [*SMALL, "--steps", "1", "--init-adapter", other, "--out", "second"]
+    assert "the adapter to begin with is another" in refused(capsys, *again)
+
+
 def test_a_student_without_its_checkpoint_is_never_written_over(workplace, capsys):
     student = workplace / "run" / "adapter.safetensors"
     printed(capsys, *SMALL, "--steps", "1")

@@ -38,6 +38,17 @@ def test_begun_alone_a_command_is_alone(monkeypatch):
         assert launch.device_of("cpu") == "cpu"
 
 
+@pytest.mark.parametrize("by_accelerate", [False, True])
+def test_accelerates_user_is_told_that_only_one_process_was_begun(by_accelerate, monkeypatch, caplog):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if by_accelerate:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    caplog.set_level("INFO")
+    with launched():
+        assert ("works on 1 process" in caplog.text) == by_accelerate
+
+
 def test_each_process_has_its_own_device():
     launch = Launch(Processes(), "cuda:1")
     assert [launch.device_of(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
@@ -62,6 +73,7 @@ def test_two_processes_in_parts_are_one(workplace, monkeypatch, capsys):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
     assert done.stderr.count("noise levels") == 1
+    assert done.stderr.count("works on 2 processes, each of which has a part of the model") == 1
     monkeypatch.chdir(workplace)
     assert run(["train", *command, "--out", "one"]) == 0
     one, two = (workplace / name for name in ("one", "two"))

@@ -160,7 +160,7 @@ def test_one_writes(told, two):
 def test_processes_with_other_options_or_data_are_refused(told):
     assert told["options"][0] == told["data"][0] == told["uneven"][0] == "ValueError"
     assert "ema_decay is 0.5 in the first and 0.75 here; seed is 0 in the first and 1 here" in told["options"][1]
-    assert "data.fingerprint" in told["data"][1]
+    assert "the pictures, captions or masks are others" in told["data"][1]
     assert "batch_size=3 and accumulation=1 for 2 processes" in told["uneven"][1]
     assert told["of one"][0] == "IncompatibleCheckpoint", "which the first alone has read"
     assert "scheduler was 'constant' and is 'cosine'" in told["of one"][1]
