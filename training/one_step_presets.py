@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .clocks import Clock, log_snr_at
 from .noise import time_of_log_snr
@@ -77,8 +78,14 @@ def one_step_of(clock: Clock, prediction: str, share: float) -> dict[str, Any]:
     """How a student is called, as its file says it: at this share of its teacher's way from data to noise."""
     log_snr = log_snr_at(clock, torch.tensor([share]))
     flow = prediction == "flow"
-    level = float(time_of_log_snr(log_snr) if flow else clock.time_of(log_snr))
-    return {"level": level, "unit": "sigma" if flow else "time", "prediction": prediction, "start": UNIT}
+    level = time_of_log_snr(log_snr) if flow else clock.time_of(log_snr)
+    return {"level": _shortest(level), "unit": "sigma" if flow else "time", "prediction": prediction, "start": UNIT}
+
+
+def _shortest(value: Tensor) -> float:
+    """The number of one element in float32 with as few digits as tell it: 0.4, and not 0.4000000059604645."""
+    rounded = (float(f"{value.item():.{digits}g}") for digits in range(1, 9))
+    return next((each for each in rounded if bool(value == torch.tensor(each))), value.item())
 
 
 def student_preset(family: str, side: int, one_step: Mapping[str, Any]) -> OneStepPreset:

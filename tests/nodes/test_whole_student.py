@@ -13,8 +13,8 @@ def test_the_stock_loader_opens_its_file_as_the_core_does(embedded, random_weigh
     from stylewright.nodes.bridge.host import comfy_host
     from stylewright.nodes.bridge.session import training_session
     from stylewright.training.embedded.weights import Weights
-    from stylewright.training.formats.metadata import AdapterMetadata
-    from stylewright.training.formats.whole import METHOD, save_whole
+    from stylewright.training.formats.metadata import FULL, AdapterMetadata
+    from stylewright.training.formats.whole import save_whole
     from stylewright.training.hosts.embedded import load_embedded
     from stylewright.training.hosts.whole import with_weights
 
@@ -23,7 +23,7 @@ def test_the_stock_loader_opens_its_file_as_the_core_does(embedded, random_weigh
     state = {
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=draw) for name, tensor in module.state_dict().items()
     }
-    about = AdapterMetadata("flux", METHOD, 1, process="flow", prediction="flow")
+    about = AdapterMetadata("flux", FULL, 1, process="flow", prediction="flow")
     save_whole(tmp_path / "student.safetensors", state, about)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     x_t, levels = torch.randn(3, 16, 8, 12, generator=draw), torch.tensor([-6.0, -1.0, 4.0])

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from stylewright.training.clocks import FlowClock, log_snr_at
+from stylewright.training.noise import time_of_log_snr
 from stylewright.training.one_step import ANCESTRAL, FRESH, IMPLIED, SCALED
-from stylewright.training.one_step_presets import ONE_STEP_PRESETS, consistency, trailing
+from stylewright.training.one_step_presets import ONE_STEP_PRESETS, consistency, one_step_of, trailing
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -63,3 +65,11 @@ def test_what_the_sources_say():
     }
     assert ONE_STEP_PRESETS["SDXL-Turbo"].levels(4) == (999, 899, 799, 699)
     assert ONE_STEP_PRESETS["DMD2 SDXL, 4 steps"].between == FRESH
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.123, 1 / 3])
+def test_a_students_level_has_no_more_digits_than_tell_it(share):
+    exact = time_of_log_snr(log_snr_at(FlowClock(), torch.tensor([share])))
+    level = one_step_of(FlowClock(), "flow", share)["level"]
+    assert torch.equal(torch.tensor([level]), exact) and len(str(level)) <= 11
+    assert share == 1 / 3 or level == share

@@ -12,23 +12,27 @@ from .output import Json, show
 
 if TYPE_CHECKING:
     from ..formats.adapters import AdapterReport
+    from ..formats.whole import WholeReport
 
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_VALUE = 100  # characters of a metadata entry that are shown
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An adapter's .safetensors file, of any tool.")],
+    file: Annotated[
+        Path, typer.Argument(help="An adapter's .safetensors file, of any tool, or a student's with all weights.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what an adapter file is: method, rank, layers, base model, key style, metadata."""
     from ..formats.adapters import inspect_adapter
+    from ..formats.whole import inspect_whole, is_whole
 
-    report = inspect_adapter(file)
+    report = inspect_whole(file) if is_whole(file) else inspect_adapter(file)
     show(dataclasses.asdict(report), lines_of(report), as_json)
 
 
-def lines_of(report: "AdapterReport") -> Iterator[str]:
+def lines_of(report: "AdapterReport | WholeReport") -> Iterator[str]:
     """The report for people."""
     for field in dataclasses.fields(report):
         value = getattr(report, field.name)

@@ -118,12 +118,12 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
     from ..formats.adapters import load_adapter
     from ..formats.contents import read_about, read_adapter
     from ..formats.keys import TEXT_ENCODER
-    from ..formats.whole import METHOD
+    from ..formats.metadata import FULL
     from ..hosts.text import with_text_encoders
     from ..hosts.whole import with_weights
 
     about = read_about(adapter)
-    if about is not None and about.method == METHOD:
+    if about is not None and about.method == FULL:
         with with_weights(host.denoiser, adapter, about):
             yield host, about.style_phrase, None
         return

@@ -74,6 +74,7 @@ class AdapterReport:
     dtypes: tuple[str, ...]
     style_phrase: str
     trigger: str
+    one_step: str  # how a one-step student is called, "" for what is none
     unknown: tuple[str, ...]  # tensors that belong to no layer we understand
     metadata: Mapping[str, str]
 
@@ -220,6 +221,7 @@ def report_of(file: AdapterFile) -> AdapterReport:
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values()})),
         style_phrase=about.style_phrase if about else "",
         trigger=about.trigger if about else file.header.get("modelspec.trigger_phrase", ""),
+        one_step=about.call if about else "",
         unknown=file.unknown,
         metadata=file.header,
     )

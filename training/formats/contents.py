@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..adapters.methods import UNMERGEABLE
 from .keys import detect_family
 from .layers import Layer
-from .metadata import AdapterMetadata, read_metadata, stated_family, states_family
+from .metadata import FULL, AdapterMetadata, read_metadata, stated_family, states_family
 from .rotations import from_glora
 from .sharing import OWN, SHARED, unshared
 from .spelling import ALPHA, read_alpha, read_key
@@ -83,17 +84,32 @@ def read_outline(path: Path) -> AdapterFile:
     """The same from a file's header: its tensors have shapes and types, and no values but those of the alphas."""
     path = Path(path)
     with opened(path, EXPECTED) as file:
-        header, tensors = dict(file.metadata() or {}), {}
-        for key in file.keys():  # noqa: SIM118 - no mapping
-            entry = file.get_slice(key)
-            shape, dtype = entry.get_shape(), _DTYPES.get(entry.get_dtype(), torch.uint8)
-            valued = not shape or key.endswith(f".{ALPHA}")
-            tensors[key] = file.get_tensor(key) if valued else torch.empty(shape, dtype=dtype, device="meta")
+        header, tensors = dict(file.metadata() or {}), outlines(file)
+        tensors |= {key: file.get_tensor(key) for key, each in tensors.items() if not each.dim() or _is_alpha(key)}
     return _contents(path, header, tensors)
+
+
+def outlines(file: safe_open) -> dict[str, Tensor]:
+    """The tensors of an open file by their shapes and types, without values."""
+    found = {}
+    for key in file.keys():  # noqa: SIM118 - no mapping
+        entry = file.get_slice(key)
+        dtype = _DTYPES.get(entry.get_dtype(), torch.uint8)
+        found[key] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+    return found
+
+
+def _is_alpha(key: str) -> bool:
+    return key.endswith(f".{ALPHA}")
 
 
 def _contents(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AdapterFile:
     about = read_metadata(header, str(path))
+    if about is not None and about.method == FULL:
+        raise ValueError(
+            f"{path} has all weights of a {about.family} network, as `stylewright distill --full` writes them, and is "
+            "no adapter: ComfyUI's Load Diffusion Model and `stylewright generate --adapter` read it"
+        )
     layers, unknown = read_layers(tensors, about)
     if not layers:
         shown = ", ".join(list(tensors)[:3]) or "none"

@@ -14,9 +14,9 @@ import torch
 
 from .contents import AdapterFile, read_about, read_adapter
 from .layers import Layer
-from .metadata import LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
+from .metadata import FULL, LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
 from .resizing import Cut, as_lora, require_finite, resize_layers, rewritten, write_file
-from .whole import METHOD, is_whole, load_whole, save_whole
+from .whole import is_whole, load_whole, save_whole
 
 ALIKE = ("family", "process", "prediction")  # of two students, and how they are called
 
@@ -53,7 +53,7 @@ def _merge_whole(first: Path, second: Path, target: Path, weight: float) -> int:
         if name not in one or name not in other or one[name].shape != other[name].shape:
             raise ValueError(f"{name} is not of one size in {first.name} and {second.name}: expected one model")
     between = {name: torch.lerp(other[name].float(), one[name].float(), weight).to(one[name].dtype) for name in one}
-    save_whole(target, between, replace(about, method=METHOD))
+    save_whole(target, between, replace(about, method=FULL))
     return len(between)
 
 

@@ -14,6 +14,7 @@ FORMAT_VERSION = 1
 PREFIX = "stylewright."
 VERSION_KEY = f"{PREFIX}format_version"
 VERSIONS_KEY = f"{PREFIX}versions"
+FULL = "full"  # in the place of an adapter's method, where a file has all weights of a network
 MERGEABLE_KEY = f"{PREFIX}mergeable"  # "false" for what depends on the input of a layer; else not written
 MOST_NOISE = {"sigma": 1, "time": 1000}  # the largest level of a one-step student by its unit
 NEEDS_OUR_LOADER = "it cannot be merged into weights: ComfyUI loads it with Stylewright's Load Style LoRA alone"
@@ -27,7 +28,7 @@ class AdapterMetadata:
     """How an adapter came to be. Only the first three are needed to use it."""
 
     family: str  # "flux", "sd3", "sdxl", "sd15", "pixart", or what the denoiser says
-    method: str  # a key of the adapter methods
+    method: str  # a key of the adapter methods, or FULL
     rank: int  # for OFT the side of a rotated block
     alpha: float | None = None  # None = rank
     targets: tuple[str, ...] = ()  # a preset's name, or patterns
@@ -53,6 +54,11 @@ class AdapterMetadata:
     # Of a one-step student: ``level`` of its call in ``unit`` ("time" of the teacher's 1000, or "sigma" of a flow), its
     # ``prediction``, and ``start``, what it is fed ("unit": noise of unit variance).
     one_step: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def call(self) -> str:
+        """How a one-step student is called, in words; "" for what is none."""
+        return f"at {self.one_step['unit']} {float(self.one_step['level']):g}" if self.one_step else ""
 
     @property
     def scale(self) -> float:

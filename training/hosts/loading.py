@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..formats.whole import is_whole
 from .embedded import load_embedded
 from .flux import open_flux
 from .host import Host
@@ -65,7 +66,13 @@ def find_parts(model: Path, components: Path | None, device: str, dtype: torch.d
         raise ValueError(f'no model at {model}: expected "embedded", a diffusers folder, or a .safetensors file')
     if model.suffix != ".safetensors":
         raise ValueError(f"{model.name} is not a .safetensors file; other formats can run code when they are opened")
-    family = family_of_keys(checkpoint_keys(model), model)
+    keys = checkpoint_keys(model)
+    if is_whole(model):
+        raise ValueError(
+            f"{model} has all weights of a network, as `stylewright distill --full` writes them, and no model around "
+            f"it: `stylewright generate --model MODEL --adapter {model}` draws with it, where MODEL is its teacher"
+        )
+    family = family_of_keys(keys, model)
     if components is None:
         raise ValueError(
             f"{model.name} is a {family} checkpoint. Its configuration and tokenizers, and the text encoders and "

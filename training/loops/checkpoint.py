@@ -113,8 +113,8 @@ class RunDirectory:
             return None
         if differing := stored.differences(config, identity):
             raise IncompatibleCheckpoint(
-                f"{self.checkpoint} belongs to another run: {listed(differing)}. Continue it with what it began with, or "
-                "choose another folder."
+                f"{self.checkpoint} belongs to another run: {listed(differing)}. Continue it with what it began with, "
+                "or choose another folder."
             )
         if stored.step > config.steps:
             raise IncompatibleCheckpoint(

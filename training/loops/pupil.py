@@ -9,9 +9,8 @@ from ..adapters.stand_in import base_weight
 from ..adapters.whole import Whole
 from ..data.prompts import Prompts
 from ..denoiser import TimedDenoiser
-from ..formats.metadata import AdapterMetadata
+from ..formats.metadata import FULL, AdapterMetadata
 from ..formats.starting import Start
-from ..formats.whole import METHOD
 from ..one_step_presets import one_step_of
 from .distil_config import DistilConfig
 from .likeness import Likeness
@@ -42,7 +41,7 @@ def about_student(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetad
     adapter, targets = config.adapter, config.adapter.targets
     return AdapterMetadata(
         family=denoiser.family,
-        method=METHOD if config.full else adapter.method,
+        method=FULL if config.full else adapter.method,
         rank=1 if config.full else adapter.rank,
         alpha=None if config.full else adapter.alpha,
         targets=() if config.full else (targets,) if isinstance(targets, str) else targets,

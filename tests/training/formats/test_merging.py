@@ -8,9 +8,9 @@ import torch
 from stylewright.training.formats.adapters import load_adapter, save_adapter
 from stylewright.training.formats.contents import read_adapter
 from stylewright.training.formats.merging import merge_students
-from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
+from stylewright.training.formats.metadata import FULL, AdapterMetadata, build_metadata
 from stylewright.training.formats.resizing import Cut
-from stylewright.training.formats.whole import METHOD, is_whole, load_whole, save_whole
+from stylewright.training.formats.whole import is_whole, load_whole, save_whole
 
 ONE_STEP = {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
 ABOUT = AdapterMetadata(
@@ -106,7 +106,7 @@ def test_weights_beyond_both_are_refused(weight, tmp_path):
 def whole(path, *, seed=0, **changes):
     draw = torch.Generator().manual_seed(seed)
     state = {"a.weight": torch.randn(3, 4, generator=draw), "a.bias": torch.randn(3, generator=draw).bfloat16()}
-    save_whole(path, state, replace(ABOUT, method=METHOD, rank=1, alpha=None, **changes))
+    save_whole(path, state, replace(ABOUT, method=FULL, rank=1, alpha=None, **changes))
     return path
 
 

@@ -140,7 +140,7 @@ def test_fewer_steps_than_were_done_are_refused(run_to):
 
 def test_other_data_and_another_model_are_named(run_to, make_dataset, denoiser):
     run_to("run", steps=2)
-    with pytest.raises(IncompatibleCheckpoint, match=r"data\.pictures was 3 and is 2; the pictures, captions or masks are"):
+    with pytest.raises(IncompatibleCheckpoint, match=r"data\.pictures was 3 and is 2; the pictures, captions or masks"):
         run_to("run", data=make_dataset(2))
     denoiser.process = "vp"
     with pytest.raises(IncompatibleCheckpoint, match=r"model\.process was 'flow' and is 'vp'"):
