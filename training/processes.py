@@ -1,7 +1,8 @@
 """Several processes that train one adapter: which one this is, and the few things that they tell each other.
 
 Each has the model and the adapter, and computes its share of a step. Only an adapter's gradients need to be added up,
-a few hundred megabytes at most: one sum over all of them, and no wrapper around the model.
+a few hundred megabytes at most: one sum over all of them, and no wrapper around the model. Of a model in parts all of
+whose weights learn (sharding.py), the parts of the gradients are added up as they are computed.
 
 Words (objects, errors, who is done) go over gloo, which keeps no device waiting. A process that dies closes its
 connections, which the others notice at their next word.
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .errors import IncompatibleCheckpoint, LostProcess, NonFiniteLoss, TrainingError
+from .sharding import is_part
 
 T = TypeVar("T")
 
@@ -44,6 +46,11 @@ class Processes:
         self.count = 1 if words is None else words.size()
         self.sharded = sharded
         self._raised: BaseException | None = None
+
+    @property
+    def words(self) -> "dist.ProcessGroup | None":
+        """The group in which they talk; None = this process alone."""
+        return self._words
 
     @property
     def writes(self) -> bool:
@@ -133,6 +140,11 @@ class Processes:
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[nn.Parameter], divisor: int = 1) -> None:
         """Has each gradient be the sum over all processes, divided by ``divisor``. The same bits in all of them."""
+        if any(map(is_part, parameters)):  # FSDP2 gave the mean over the processes
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= self.count / divisor
+            return
         if self._words is None:
             for parameter in parameters if divisor > 1 else ():
                 if parameter.grad is not None:
@@ -163,7 +175,8 @@ def _reaching() -> Iterator[None]:
     except RuntimeError as error:
         raise LostProcess(
             "another process of this run has ended, or cannot be reached. What was learned until the last complete "
-            "step, or if it was the first process the last checkpoint, is kept: run it again to continue"
+            "step is kept, or until the last checkpoint if it was the first process, or if it had a part of what is "
+            "trained: run it again to continue"
         ) from error
 
 

@@ -3,12 +3,18 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..sharding import is_part, put_together, take_over
 from .attach import Adapter, attached
 from .methods import UNMERGEABLE, AdapterConfig
+from .stand_in import StandIn
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 class Whole:
@@ -29,9 +35,16 @@ class Whole:
         return [tensor for name, tensor in self._tensors.items() if name.startswith(prefix)]
 
     def as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What :meth:`state_dict` gave as the network's own file has it: in its types, with what is no parameter."""
-        own = self._module.state_dict()
-        return {name: state[name].to(self._dtypes[name]) if name in state else tensor for name, tensor in own.items()}
+        """What :meth:`state_dict` gave, whole, as the network's file has it: in its types, with what is no parameter.
+
+        A weight that the network has by several names is there under each.
+        """
+        names = {id(tensor): name for name, tensor in self._tensors.items()}
+        own = {key: (tensor, names.get(id(tensor))) for key, tensor in self._module.state_dict(keep_vars=True).items()}
+        return {
+            key: tensor.detach() if name is None else state[name].to(self._dtypes[name])
+            for key, (tensor, name) in own.items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies."""
@@ -44,25 +57,34 @@ class Whole:
         if differing := {n for n, t in self._tensors.items() if shapes.pop(n, None) != t.shape} | shapes.keys():
             raise ValueError(f"these weights are missing, of another shape, or not known here: {sorted(differing)[:3]}")
         for name, tensor in self._tensors.items():
-            tensor.copy_(state[name])
+            take_over(tensor, state[name])
 
 
 @contextmanager
-def trained_whole(module: nn.Module) -> Iterator[tuple[Whole, nn.Module]]:
-    """Inside, ``module`` is trained in float32; given with a frozen copy of what it was, and is again afterwards."""
-    frozen = copy.deepcopy(module).requires_grad_(False)
+def trained_whole(module: nn.Module, frozen: nn.Module | None = None) -> Iterator[tuple[Whole, nn.Module]]:
+    """Inside, ``module`` is trained in float32; given with a frozen copy of what it was, and is again afterwards.
+
+    ``frozen``: that copy, where it was made before, as of a module in parts (:class:`..sharding.Twofold`). Such a
+    module has float32 already, and keeps it.
+    """
+    frozen = copy.deepcopy(module).requires_grad_(False) if frozen is None else frozen
     flags = [parameter.requires_grad for parameter in module.parameters()]
-    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in frozen.named_parameters()}
     try:
         for parameter in module.parameters():
-            # A copy of what is float32 already, for the frozen one has the numbers to go back to.
-            parameter.data = parameter.data.to(torch.float32, copy=True)
+            if not is_part(parameter):
+                # A copy of what is float32 already, for the frozen one has the numbers to go back to.
+                parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
         yield Whole(module, dtypes), frozen
     finally:
         for parameter, before, flag in zip(module.parameters(), frozen.parameters(), flags, strict=True):
-            parameter.grad, parameter.data = None, before.data
+            parameter.grad = None
             parameter.requires_grad_(flag)
+            if is_part(parameter):
+                take_over(parameter, before)
+            else:
+                parameter.data = before.data
 
 
 def merge_into(module: nn.Module, state: Mapping[str, Tensor], config: AdapterConfig, family: str, name: str) -> None:
@@ -73,9 +95,18 @@ def merge_into(module: nn.Module, state: Mapping[str, Tensor], config: AdapterCo
     with attached(module, config, family=family, seed=0) as adapter:
         _load(adapter, state, name)
         for layer in map(adapter.layer, adapter.names):
-            layer.merge()
+            _merge(layer)
     for parameter, flag in zip(module.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
+
+
+def _merge(layer: "BaseTunerLayer") -> None:
+    """A weight in parts is put together for it, and no stand-in is in its place."""
+    shown = layer.get_base_layer()
+    layer.base_layer = shown.layer if isinstance(shown, StandIn) else shown
+    with put_together(layer.base_layer):
+        layer.merge()
+    layer.base_layer = shown
 
 
 def _load(adapter: Adapter, state: Mapping[str, Tensor], name: str) -> None:

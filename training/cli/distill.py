@@ -89,13 +89,15 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     from ..hosts.loading import load_host
     from ..loops.distil import distil
     from ..loops.pupil import require_called_alike
+    from ..sharding import Twofold
 
     processes = launch.processes
     with processes.together():
         lines = stated_prompts(job, folder)
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
+    twofold = Twofold(launch.place) if options.full and launch.place else None
     with processes.in_turn() if processes.sharded else processes.together():  # a model in parts is whole before
-        host = load_host(job.model, device, dtype, components=job.components, place=launch.place)
+        host = load_host(job.model, device, dtype, components=job.components, place=twofold or launch.place)
     with processes.together():
         worn = worn_of(job.teacher_adapter, host)
         start = start_at(job.init_adapter, host, options.adapter)
@@ -138,6 +140,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             start=start,
             likeness=likeness,
             processes=processes,
+            frozen=twofold and twofold.frozen,
         )
 
 

@@ -4,6 +4,7 @@
     plan.json                what the run was expected to take of memory and time, by whoever planned it
     events.jsonl             one line a report
     checkpoint.safetensors   everything needed to continue exactly
+    parts-<step>/            what of it is in parts on several processes, which write them there
     adapter.safetensors      the adapter as of that checkpoint
     samples/                 pictures, by step
     run.lock                 held by the process that writes here
@@ -16,7 +17,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 # What a continued run may change. ``steps`` may too, where nothing depends on it.
 FREE = {"steps", "save_every", "report_every", "sample_every", "sample_prompts", "gradient_checkpointing", "memory"}
 RESULT = ("step", "seconds", "losses")  # of a learner's state, what is kept of a run that cannot be continued any more
+CHECKPOINT = "checkpoint.safetensors"
+PARTS = "parts"  # in a learner's state, the folder with what is missing in it; and how its name begins
 SPARE_BYTES = 16 * 2**20
 # Bytes on disk for each byte of adapter: itself, an average and up to three states of an optimiser, in the old
 # checkpoint and in the new one beside it, and the adapter's own file twice.
@@ -82,7 +85,7 @@ class RunDirectory:
         self.path, self.kind = path, kind
         self.config = path / "config.json"
         self.events = path / "events.jsonl"
-        self.checkpoint = path / "checkpoint.safetensors"
+        self.checkpoint = path / CHECKPOINT
         self.adapter = path / "adapter.safetensors"
         self.samples = path / "samples"
 
@@ -127,7 +130,8 @@ class RunDirectory:
                 "choose another folder."
             )
         state = load_state(self.checkpoint, at=["learner"])
-        if bad := [name for name, tensor in state["adapter"].items() if not bool(tensor.isfinite().all())]:
+        whole = {name: tensor for name, tensor in state["adapter"].items() if isinstance(tensor, Tensor)}
+        if bad := [name for name, tensor in whole.items() if not bool(tensor.isfinite().all())]:
             raise IncompatibleCheckpoint(
                 f"{self.checkpoint} is damaged: {bad[0]} holds NaN or infinity, which no run writes. Restore the file "
                 "from a backup, or begin a new run."
@@ -152,6 +156,7 @@ class RunDirectory:
         content = {**load_state(self.checkpoint, tensors=False), "learner": result}
         with self._disk_errors(self.checkpoint):
             save_state(self.checkpoint, content)
+        self.clear(f"{PARTS}-*")
         self.adapter.unlink(missing_ok=True)
 
     def save(self, state: Mapping[str, Any], config: RunConfig, identity: Mapping[str, Any]) -> None:
@@ -159,6 +164,13 @@ class RunDirectory:
         content = {"config": to_table(config), "identity": dict(identity), "learner": state}
         with self._disk_errors(self.checkpoint):
             save_state(self.checkpoint, content)
+        self.clear(f"{PARTS}-*", but=state.get(PARTS))
+
+    def clear(self, pattern: str, *, but: str | None = None) -> None:
+        """Removes the folders of parts that are called so."""
+        for folder in self.path.glob(pattern):
+            if folder.name != but:
+                shutil.rmtree(folder)
 
     def save_config(self, config: RunConfig) -> None:
         text = json.dumps(to_table(config), indent=2, ensure_ascii=False) + "\n"
@@ -180,18 +192,23 @@ class RunDirectory:
         with self._disk_errors(self.samples):
             save_samples(self.samples, step, images, prompts)
 
-    @contextmanager
-    def _disk_errors(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            rest = (
-                "The last checkpoint is intact, and the run can be continued from it"
-                if self.checkpoint.is_file()
-                else "The run had no checkpoint yet, and nothing of it is kept: see that the disk has room and that "
-                "the folder can be written to, or choose another, and begin again"
-            )
-            raise TrainingError(f"Cannot write {path}: {error}. {rest}.") from error
+    def _disk_errors(self, path: Path) -> AbstractContextManager[None]:
+        return disk_errors(path, self.checkpoint)
+
+
+@contextmanager
+def disk_errors(path: Path, checkpoint: Path) -> Iterator[None]:
+    """TrainingError where ``path`` cannot be written, which says what there is of ``checkpoint``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        rest = (
+            "The last checkpoint is intact, and the run can be continued from it"
+            if checkpoint.is_file()
+            else "The run had no checkpoint yet, and nothing of it is kept: see that the disk has room and that "
+            "the folder can be written to, or choose another, and begin again"
+        )
+        raise TrainingError(f"Cannot write {path}: {error}. {rest}.") from error
 
 
 @contextmanager

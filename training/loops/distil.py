@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.attach import Adapter
 from ..data.prompts import Encode, Prompts
@@ -30,6 +30,7 @@ from .learner import Learner
 from .likeness import Likeness
 from .meter import Meter
 from .networks import FAKE, Against, Worn, in_three_roles
+from .optimizers import ELEMENTWISE
 from .pairs import Pairs, Schedule
 from .pupil import about_student, begun_with, identity_of_run, require_called_alike, subject_of_student
 from .recorder import Recorder
@@ -44,7 +45,8 @@ from .tables import to_table
 class DistilResult:
     """What a finished run gives back."""
 
-    # Of the student, on the CPU in float32, averaged where it is: peft's names, or where all of it learns its own.
+    # Of the student, on the CPU in float32, averaged where it is: peft's names, or where all of it learns its own. Of
+    # one in parts it is in the first process alone.
     adapter_state: dict[str, Tensor]
     history: list[Event]
     losses: list[float]  # the student's mean of each step
@@ -76,6 +78,7 @@ def distil(
     schedule: Schedule | None = None,  # that the teacher is sampled by, for pairs; None = evenly spaced times
     against: Against | None = None,  # how negative prompts come into the student; None = as in a diffusers model
     processes: Processes = ALONE,  # that train together: each calls this with the same arguments
+    frozen: nn.Module | None = None,  # a copy of the network, where all weights of one in parts are to be trained
 ) -> DistilResult:
     """Trains a student on a frozen denoiser, which is afterwards what it was before.
 
@@ -83,7 +86,7 @@ def distil(
     and saves before it does, as :func:`.train.train`.
     """
     require_alike(to_table(config), processes)
-    _refuse_what_cannot_work(config, likeness, processes)
+    _refuse_what_cannot_work(config, likeness, in_parts=processes.sharded, copied=frozen is not None)
     require_called_alike(start, denoiser, config)
     device, share = torch.device(device), share_of(config, processes)
     with ExitStack() as stack:
@@ -96,7 +99,7 @@ def distil(
             first = prompts.drawn(config.seed, 0, config.samples_a_step) + draws.negatives(0)
             texts.of(first)  # refuses what the model does not know
         networks = stack.enter_context(
-            in_three_roles(denoiser, config, worn=worn, start=start, against=against, device=device)
+            in_three_roles(denoiser, config, worn=worn, start=start, against=against, device=device, frozen=frozen)
         )
         student = networks.student
         saving = saving or Saving(frozenset({ALL}) if config.gradient_checkpointing else frozenset())
@@ -136,11 +139,18 @@ def distil(
             iteration.run(learner.step, chosen)
             recorder.observe(report, sample)
         path = run.adapter if run else None
-        return DistilResult(learner.result(), recorder.history, learner.losses, learner.step, path)
+        state = learner.result(kept=processes.writes or not learner.in_parts)
+        return DistilResult(state, recorder.history, learner.losses, learner.step, path)
 
 
-def _refuse_what_cannot_work(config: DistilConfig, likeness: Likeness | None, processes: Processes) -> None:
+def _refuse_what_cannot_work(config: DistilConfig, likeness: Likeness | None, *, in_parts: bool, copied: bool) -> None:
     if config.clip_weight and likeness is None:
         raise ValueError(f"Got clip_weight={config.clip_weight} and nothing that compares pictures with texts.")
-    if config.full and processes.sharded:
-        raise ValueError("Got full for a model in parts (FSDP2): expected an adapter, or whole models on each process.")
+    if config.full and in_parts:
+        if not copied:
+            raise ValueError("Got full for a model in parts (FSDP2), and no frozen copy of it.")
+        if config.optimizer not in ELEMENTWISE:
+            raise ValueError(
+                f"Got optimizer={config.optimizer!r} and full for a model in parts (FSDP2), of which no process sees "
+                f"all weights: expected one of {', '.join(sorted(ELEMENTWISE))}."
+            )

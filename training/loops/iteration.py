@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..clocks import log_snr_at
 from ..processes import Processes
+from ..sharding import whole
 from .distil_config import DistilConfig
 from .learner import Learner
 from .likeness import Likeness, unlikeness
@@ -95,7 +96,7 @@ class Iteration:
         """Adds up the gradients of all passes and processes, and clips them. Their norm ()."""
         pieces = self.config.samples_a_step // self.share.batch_size  # of a step's batch
         self.processes.sum_gradients(learner.parameters, pieces)
-        return clip_grad_norm_(learner.parameters, self.config.clip_norm or math.inf)
+        return whole(clip_grad_norm_(learner.parameters, self.config.clip_norm or math.inf))
 
     def _call(self, rows: int) -> Tensor:
         """log_snr (rows,) at which the student is called."""

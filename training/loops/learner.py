@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..formats.keys import TEXT_ENCODER
+from ..sharding import is_part, part_like, take_over, whole
 from .optimizers import OPTIMIZERS, SWITCHED, WARMS_UP_ITSELF, Group, build_schedule
 
 
@@ -70,7 +71,7 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
         for tensor, saved in zip(self.tensors, state["tensors"], strict=True):
-            tensor.copy_(saved)
+            take_over(tensor, saved)
 
 
 def _groups(adapter: Trained, text_rate: float) -> list[Group]:
@@ -148,10 +149,23 @@ class Learner:
                 for parameter, value in zip(self.parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def result(self) -> dict[str, Tensor]:
-        """The adapter as it is saved and used, on the CPU."""
+    @property
+    def in_parts(self) -> bool:
+        """Whether other processes have the rest of what learns."""
+        return any(map(is_part, self.parameters))
+
+    def result(self, *, kept: bool = True) -> dict[str, Tensor]:
+        """The adapter as it is saved and used, on the CPU. In parts, all processes ask, and those get it that keep it.
+
+        A whole model beside the one in parts is at most in main memory.
+        """
+        found = {}
         with self.evaluated():
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.adapter.state_dict().items()}
+            for name, tensor in self.adapter.state_dict().items():
+                value = whole(tensor.detach())
+                if kept:
+                    found[name] = value.to("cpu", copy=True)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -169,7 +183,7 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where ``state`` was taken."""
         self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_in_parts_alike(state["optimizer"], self.parameters))
         self.schedule.load_state_dict(state["schedule"])
         self.average.load_state_dict(state["average"])
         if self.adapter.routing is not None:
@@ -178,3 +192,20 @@ class Learner:
         self._seconds, self._since = state["seconds"], time.monotonic()
         for name, learner in self.beside.items():
             learner.load_state_dict(state["beside"][name])
+
+
+def _in_parts_alike(state: Mapping[str, Any], parameters: list[nn.Parameter]) -> Mapping[str, Any]:
+    """An optimizer's state, of whose whole tensors this process takes its part where the parameters are in parts."""
+
+    def placed(value: Any, like: nn.Parameter) -> Any:
+        if not is_part(like) or is_part(value) or getattr(value, "shape", None) != like.shape:
+            return value
+        part = part_like(like, value.shape, value.dtype)
+        take_over(part, value)
+        return part
+
+    found = {
+        number: {name: placed(value, parameters[number]) for name, value in each.items()}
+        for number, each in state["state"].items()
+    }
+    return {**state, "state": found}

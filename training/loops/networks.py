@@ -84,6 +84,7 @@ def in_three_roles(
     start: Start | None,  # of the student; None = it begins as the teacher
     against: Against | None,
     device: torch.device,
+    frozen: nn.Module | None = None,  # a copy of the network, where all weights are trained and it is made already
 ) -> Iterator[Networks]:
     """The network with its adapters, which come off without a trace. Elsewhere than in a role it is the student.
 
@@ -96,9 +97,9 @@ def in_three_roles(
         configs[TEACHER] = worn.config
     with ExitStack() as stack:
         if config.full:
-            whole, frozen = stack.enter_context(trained_whole(denoiser.module))
+            whole, copied = stack.enter_context(trained_whole(denoiser.module, frozen))
             judge = copy.copy(denoiser)
-            judge.module = frozen
+            judge.module = copied
             _begin_whole(denoiser.module, worn, start, config, family)
             del configs[STUDENT]
             starts.pop(STUDENT)

@@ -130,6 +130,7 @@ OPTIMIZERS: dict[str, Callable[[list[Group], float, float, int], Optimizer]] = {
     "prodigy": prodigy,
     "schedule-free": schedule_free,
 }
+ELEMENTWISE = {"adamw", "adam", "schedule-free"}  # which ask nothing of all weights together: of parts, too
 WARMS_UP_ITSELF = {"schedule-free"}
 SWITCHED = {"schedule-free"}  # eval() puts the result into the parameters, train() what is trained
 

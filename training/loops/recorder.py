@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import IncompatibleCheckpoint
+from ..formats.parts import load_parts, put_back, room_for_parts, save_parts, taken_out
 from ..formats.routing import routing_table, summary_of
 from ..processes import ALONE, Processes
-from .checkpoint import RunDirectory, require_space
+from .checkpoint import CHECKPOINT, PARTS, RunDirectory, disk_errors, require_space
 from .config import RunConfig
 from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
@@ -49,26 +51,25 @@ class Recorder:
         self._subject, self._device = subject, device
         self._processes, self._count = processes, processes.count
         self._saved: int | None = None  # step of the checkpoint on disk
+        self._path = processes.shared(run.path if run else None)
         state = processes.from_first(lambda: run.load(config, subject.identity) if run else None)
         if state:
+            state = self._with_parts(state)
             _load(learner, state)
             self._saved = learner.step
-            logger.info("continues %s at step %d of %d", run.path if run else "", learner.step, config.steps)
+            logger.info("continues %s at step %d of %d", self._path, learner.step, config.steps)
             _say_on_how_many(state.get("processes", 1), processes.count)
         with processes.together():
             self._log = EventLog(run.events if run else None, learner.step)
             if run:
-                self._begin(run)
-        self._last_report = time.monotonic()
-
-    def _begin(self, run: RunDirectory) -> None:
-        learner = self._learner
-        require_space(run.path, sum(p.numel() * p.element_size() for p in learner.all_parameters))
-        run.save_config(self._config)
+                require_space(run.path, sum(p.numel() * p.element_size() for p in learner.all_parameters))
+                run.save_config(config)
         self._save_adapter()  # the process before may have been killed between checkpoint and adapter
         self.save()
-        if learner.step == 0:
-            run.adapter.unlink()  # it does nothing yet; now it is known that it can be written
+        with processes.together():
+            if run and learner.step == 0:
+                run.adapter.unlink()  # it does nothing yet; now it is known that it can be written
+        self._last_report = time.monotonic()
 
     @property
     def history(self) -> list[Event]:
@@ -94,9 +95,9 @@ class Recorder:
         if not (due is not None or saving or late or step % config.report_every == 0):
             return
         event = self._event(None if due is None else self._draw(due))
+        if saving:
+            self.save()
         with self._processes.together():
-            if saving:
-                self.save()
             if event is not None and report is not None and self._processes.writes:
                 report(event)
 
@@ -138,22 +139,58 @@ class Recorder:
         return event
 
     def save(self) -> None:
-        """The checkpoint, and the adapter as it is now. The losses so far must have been read."""
-        if not self._run or self._saved == self._learner.step:
+        """The checkpoint, and the adapter as it is now. The losses so far must have been read. All processes do it."""
+        if self._path is None or self._saved == self._learner.step:
             return
-        state = {**self._learner.state_dict(), "processes": self._count}
-        self._run.save(state, self._config, self._subject.identity)
+        state, parts = taken_out({**self._learner.state_dict(), "processes": self._count})
+        if parts:
+            state[PARTS] = self._save_parts(parts)
+        with self._processes.together():
+            if self._run:
+                self._run.save(state, self._config, self._subject.identity)
         self._saved = self._learner.step
         self._save_adapter()
 
+    def _save_parts(self, parts: dict[str, Tensor]) -> str:
+        """Those of what learns that each process has, in a folder of their own. Its name."""
+        assert self._path is not None, "only what is kept is saved"
+        name = f"parts-{self._learner.step:08}"
+        with self._processes.together():
+            if self._run:
+                self._run.clear(name)
+        with self._processes.together(), disk_errors(self._path / name, self._path / CHECKPOINT):
+            save_parts(self._path / name, parts, self._processes.words)
+        return name
+
+    def _with_parts(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A checkpoint's state with this process's parts of what was saved in parts."""
+        if self._path is None or PARTS not in state:
+            return state
+        folder = self._path / state[PARTS]
+        try:
+            with self._processes.together():
+                parts = room_for_parts(folder, self._learner.parameters[0])
+                found = put_back(state, parts)  # KeyError for one that is missing
+            load_parts(folder, parts, self._processes.words)
+            return found
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise IncompatibleCheckpoint(
+                f"{folder}, a part of the checkpoint beside it, cannot be read ({error}). Every process needs this "
+                "folder, on a disk that all of them see. Restore it, or begin a new run in another folder."
+            ) from error
+
     def _save_adapter(self) -> None:
         learner = self._learner
-        if self._run:
-            about = replace(self._subject.about, steps=learner.step, routing=self._routing())
-            if (whole := self._subject.whole) is None:
-                self._run.save_adapter(learner.result(), about, self._subject.weights)
-            else:
-                self._run.save_whole(whole.as_stored(learner.result()), about)
+        if self._path is None:
+            return
+        state = learner.result(kept=self._run is not None) if self._run or learner.in_parts else {}
+        with self._processes.together():
+            if self._run:
+                about = replace(self._subject.about, steps=learner.step, routing=self._routing())
+                if (whole := self._subject.whole) is None:
+                    self._run.save_adapter(state, about, self._subject.weights)
+                else:
+                    self._run.save_whole(whole.as_stored(state), about)
 
     def _routing(self) -> dict[str, Any]:
         """What the routers do, where there are any, in the last steps of this process."""
@@ -173,6 +210,9 @@ class Recorder:
 
     def _save_what_is_sound(self) -> None:
         if not self._learner.whole:
+            return
+        if self._learner.in_parts and self._processes.count < self._count:
+            logger.error("The checkpoint of step %s is the last one: only all processes can save.", self._saved)
             return
         try:
             self._event()

@@ -6,21 +6,26 @@ One start for everything, because imports take longer than all that is trained. 
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from stylewright.training.adapters.attach import attached
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.clocks import FlowClock
 from stylewright.training.data.dataset import Dataset
 from stylewright.training.data.prompts import Prompts
+from stylewright.training.formats.starting import Start
 from stylewright.training.formats.state import save_state
 from stylewright.training.loops import iteration
 from stylewright.training.loops import train as loop
@@ -28,11 +33,12 @@ from stylewright.training.loops.distil import distil
 from stylewright.training.loops.distil_config import DistilConfig
 from stylewright.training.processes import Processes, group_of_words
 from stylewright.training.randomness import generator
-from stylewright.training.sharding import sharded
+from stylewright.training.sharding import Twofold, part_like, sharded, take_over, whole
 
 METHODS = ("lora", "rslora", "dora", "lokr", "loha", "oft")
 STEPS = {"dealt out": (2, 4), "cut": (4, 1), "both": (3, 2)}  # batch_size, accumulation
 DISTILLED = {"dealt out": (2, 2), "cut": (4, 1)}
+WHOLE = {"full": True, "ema_decay": 0.9, "learning_rate": 1e-2}
 RUN = {"steps": 6, "save_every": 2, "ema_decay": 0.9, "scheduler": "cosine", "clip_norm": 0.05, "caption_dropout": 0.3}
 
 
@@ -59,7 +65,7 @@ def recorded(loop=loop):
     steps, clip = [], loop.clip_grad_norm_
 
     def recording(parameters, norm):
-        steps.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        steps.append(torch.cat([whole(parameter.grad).flatten() for parameter in parameters]))
         return clip(parameters, norm)
 
     loop.clip_grad_norm_ = recording
@@ -107,7 +113,24 @@ def encode(prompts):
     return {"context": torch.cat(rows)}
 
 
-def distilled(processes, folder, batch_size=4, accumulation=1, check=None, **changes):
+def in_parts_twice():
+    """The network to train in parts, and its frozen copy."""
+    mesh, denoiser = init_device_mesh("cpu", (2,)), Timed()
+    place = Twofold(lambda module: sharded(module, mesh))
+    denoiser.module = place(denoiser.module)
+    return {"on": denoiser, "frozen": place.frozen}
+
+
+def start():
+    """A student to begin with, which is no change of nothing."""
+    state = {}
+    with attached(Timed().module, AdapterConfig(rank=2, targets="all"), family="toy", seed=5) as adapter:
+        for name, tensor in adapter.state_dict().items():
+            state[name] = torch.randn(tensor.shape, generator=generator(0, name)) / 4
+    return Start("start.safetensors", state, tuple(adapter.names), "begins")
+
+
+def distilled(processes, folder, batch_size=4, accumulation=1, check=None, on=None, frozen=None, start=None, **changes):
     """The student's state, and the gradients of student and fake in turn."""
     config = DistilConfig(
         steps=3,
@@ -125,9 +148,31 @@ def distilled(processes, folder, batch_size=4, accumulation=1, check=None, **cha
     prompts = Prompts(("{circle|star} in {red|blue} style", "a tree"))
     with recorded(iteration) as steps:
         result = distil(
-            Timed(), prompts, encode, config, latent_size=size, run_dir=folder, check=check, processes=processes
+            on or Timed(),
+            prompts,
+            encode,
+            config,
+            latent_size=size,
+            run_dir=folder,
+            check=check,
+            processes=processes,
+            frozen=frozen,
+            start=start,
         )
     return {"gradients": steps, "state": result.adapter_state, "losses": [event.loss for event in result.history]}
+
+
+def rows(processes):
+    """Whether parts of tensors of few and of many rows are those that torch deals out, and whole ones again."""
+    mesh, right = init_device_mesh("cpu", (2,)), []
+    for count in (1, 2, 5):
+        value = torch.arange(3.0 * count).reshape(count, 3)
+        like = distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)])
+        part = part_like(like, value.shape, value.dtype)
+        take_over(part, value)
+        right.append(torch.equal(part.to_local(), distribute_tensor(value, mesh, [Shard(0)]).to_local()))
+        right.append(torch.equal(whole(part), value))
+    return right
 
 
 def refused(call, *args, **kwargs):
@@ -192,6 +237,24 @@ def everything(processes, folder):
         denoiser = in_parts()
         state[where.name] = gradients(parts, method, "both", denoiser, where, gradient_checkpointing=again)
         told[where.name] = sum(each.to_local().numel() for each in denoiser.module.parameters())
+    for name, steps in DISTILLED.items():
+        state[f"whole {name}"] = distilled(parts, folder / f"whole {name}", *steps, **WHOLE, **in_parts_twice())
+    for optimizer in ("schedule-free", "prodigy"):
+        rates = {"optimizer": optimizer, "ema_decay": 0.0, "learning_rate": 1.0, "fake_learning_rate": 1.0}
+        call = partial(distilled, parts, folder / optimizer, full=True, **rates, **in_parts_twice())
+        told[optimizer] = refused(call) if optimizer == "prodigy" else call()["losses"]
+    state["whole begun"] = distilled(parts, None, **WHOLE, start=start(), **in_parts_twice())
+    stopping = {"check": at_call(2, KeyboardInterrupt())} if rank else {}
+    told["whole"] = refused(distilled, parts, folder / "whole", **WHOLE, **in_parts_twice(), **stopping)
+    told["part"] = sum(each.stat().st_size for each in (folder / "whole").glob("parts-*/*"))
+    with processes.together():
+        if processes.writes:
+            shutil.copytree(folder / "whole", folder / "whole stopped")
+            shutil.copytree(folder / "whole", folder / "whole lacks", ignore=shutil.ignore_patterns("parts-*"))
+    state["whole"] = distilled(parts, folder / "whole", **WHOLE, **in_parts_twice())
+    state["whole from one"] = distilled(parts, folder / "whole of one", **WHOLE, **in_parts_twice())
+    told["lacks"] = refused(distilled, parts, folder / "whole lacks", **WHOLE, **in_parts_twice())
+    told["rows"] = rows(processes)
     told["words"] = [processes.shared(rank), processes.gathered(rank)]
     save_state(folder / f"state-{rank}.safetensors", state)
 

@@ -43,6 +43,8 @@ def two(work, tmp_path_factory):
     """The folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
     work.run(ALONE, folder / "of one", steps=2, save_every=0, scheduler="constant")
+    stopping = work.at_call(2, KeyboardInterrupt())
+    assert work.refused(work.distilled, ALONE, folder / "whole of one", **work.WHOLE, check=stopping)
     (folder / "stylewright").symlink_to(Path(stylewright.__file__).parent)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -139,6 +141,59 @@ def test_a_stopped_student_continues_bit_for_bit(states, told):
             torch.equal(tensor, state["student cut"]["state"][name])
             for name, tensor in state["student"]["state"].items()
         )
+
+
+@pytest.mark.parametrize("name", ["dealt out", "cut"])
+def test_a_student_of_all_weights_in_parts_is_that_of_one_process(work, states, two, tmp_path, name):
+    """Gradients of student and fake, results, and the files."""
+    alone = work.distilled(ALONE, tmp_path / "alone", *work.DISTILLED[name], **work.WHOLE)
+    first, second = (state[f"whole {name}"] for state in states)
+    for one, ours, theirs in zip(alone["gradients"], first["gradients"], second["gradients"], strict=True):
+        assert torch.equal(ours, theirs)
+        assert (ours - one).norm() <= 1e-5 * one.norm()
+    assert sum(one.norm() > 0 for one in alone["gradients"]) == 8
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert not second["state"], "which is whole in one process"
+    files = [load_file(folder / "student.safetensors") for folder in (two / f"whole {name}", tmp_path / "alone")]
+    for found, expected in ((first["state"], alone["state"]), files):
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_student_in_parts_begins_with_another(work, states):
+    """Which is merged into weights that no process has whole."""
+    alone = work.distilled(ALONE, None, **work.WHOLE, start=work.start())
+    begun = states[0]["whole begun"]
+    for one, ours in zip(alone["gradients"], begun["gradients"], strict=True):
+        assert (ours - one).norm() <= 1e-5 * one.norm()
+    as_the_teacher = states[0]["whole cut"]["gradients"][1]
+    assert (begun["gradients"][1] - as_the_teacher).norm() > 0.1 * as_the_teacher.norm(), "what the fake is shown"
+
+
+def test_a_stopped_student_in_parts_continues_bit_for_bit(states, told):
+    assert told["whole"][0] == "KeyboardInterrupt"
+    straight = states[0]["whole cut"]["state"]
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in states[0]["whole"]["state"].items())
+
+
+def test_parts_continue_on_one_process_and_whole_weights_in_parts(work, states, two, tmp_path):
+    """With what the optimizer and the average have. Each process wrote its half, and old parts are gone."""
+    on_one = work.distilled(ALONE, two / "whole stopped", **work.WHOLE)["state"]
+    for name, tensor in states[0]["whole cut"]["state"].items():
+        torch.testing.assert_close(on_one[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(states[0]["whole from one"]["state"][name], tensor, rtol=1e-3, atol=1e-5)
+    shards = sorted(path.relative_to(two / "whole") for path in (two / "whole").glob("parts-*/*"))
+    assert [path.parts[0] for path in shards] == ["parts-00000003"] * 2
+
+
+def test_parts_that_are_missing_and_what_they_cannot_do_is_named(told):
+    assert told["lacks"][0] == "IncompatibleCheckpoint"
+    assert "parts-00000001, a part of the checkpoint" in told["lacks"][1]
+    assert told["prodigy"][0] == "ValueError"
+    assert "expected one of adam, adamw, schedule-free" in told["prodigy"][1]
+    assert len(told["schedule-free"]) > 0
+    assert all(told["rows"])
 
 
 def test_what_one_raises_all_raise(told, two):
