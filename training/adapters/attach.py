@@ -69,6 +69,11 @@ class Adapter:
         self._tensors = tensors
         self.routing = _watched(config, layers)  # of styleinject; None of the others
 
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """By peft's names, in the order of :meth:`parameters`."""
+        return self._tensors
+
     def parameters(self) -> list[nn.Parameter]:
         return list(self._tensors.values())
 

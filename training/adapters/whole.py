@@ -1,6 +1,7 @@
 """All weights of a network as what is trained, with the handles that a learner has on an adapter."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ class Whole:
         self._module, self._dtypes = module, dtypes
         self._tensors = dict(module.named_parameters())
 
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        """By their names, in the order of :meth:`parameters`."""
+        return self._tensors
+
     def parameters(self) -> list[nn.Parameter]:
         return list(self._tensors.values())
 
@@ -35,7 +41,7 @@ class Whole:
         return [tensor for name, tensor in self._tensors.items() if name.startswith(prefix)]
 
     def as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What :meth:`state_dict` gave, whole, as the network's file has it: in its types, with what is no parameter.
+        """All of ``tensors``, whole, as the network's file has them: in its types, with what is no parameter.
 
         A weight that the network has by several names is there under each.
         """
@@ -46,13 +52,9 @@ class Whole:
             for key, (tensor, name) in own.items()
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies."""
-        return {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
-
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what :meth:`state_dict` gave. ValueError, and nothing changed, if a name or a shape differs."""
+        """Takes over values for all of ``tensors``. ValueError, and nothing changed, if a name or a shape differs."""
         shapes = {name: tensor.shape for name, tensor in state.items()}
         if differing := {n for n, t in self._tensors.items() if shapes.pop(n, None) != t.shape} | shapes.keys():
             raise ValueError(f"these weights are missing, of another shape, or not known here: {sorted(differing)[:3]}")
@@ -76,7 +78,10 @@ def trained_whole(module: nn.Module, frozen: nn.Module | None = None) -> Iterato
                 # A copy of what is float32 already, for the frozen one has the numbers to go back to.
                 parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
-        yield Whole(module, dtypes), frozen
+        with warnings.catch_warnings():
+            # Of torch, that it has no fused norm where autocast meets weights of float32.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            yield Whole(module, dtypes), frozen
     finally:
         for parameter, before, flag in zip(module.parameters(), frozen.parameters(), flags, strict=True):
             parameter.grad = None

@@ -140,7 +140,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             start=start,
             likeness=likeness,
             processes=processes,
-            frozen=twofold and twofold.frozen,
+            frozen=twofold.frozen if twofold else None,
         )
 
 

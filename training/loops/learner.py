@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -41,9 +41,10 @@ class Trained(Protocol):
 
     routing: Any
 
+    @property
+    def tensors(self) -> Mapping[str, nn.Parameter]: ...
     def parameters(self) -> list[nn.Parameter]: ...
     def parameters_under(self, prefix: str) -> list[nn.Parameter]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
@@ -134,6 +135,10 @@ class Learner:
 
         The weights in training come back as copies: an optimiser's own way back would lose bits.
         """
+        if not (self._switched or self.average.tensors):
+            with torch.no_grad():
+                yield
+            return
         before = [parameter.detach().clone() for parameter in self.parameters]
         try:
             with torch.no_grad():
@@ -160,19 +165,21 @@ class Learner:
         A whole model beside the one in parts is at most in main memory.
         """
         found = {}
-        with self.evaluated():
-            for name, tensor in self.adapter.state_dict().items():
+        with self.evaluated() if self._switched else nullcontext():  # which takes memory for a copy
+            results = self.average.tensors or self.parameters
+            for name, tensor in zip(self.adapter.tensors, results, strict=True):
                 value = whole(tensor.detach())
                 if kept:
                     found[name] = value.to("cpu", copy=True)
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        """Of tensors that go on being trained: to be written, or copied."""
         return {
             "step": self.step,
             "seconds": self.seconds,
             "losses": torch.tensor(self.losses, dtype=torch.float32),
-            "adapter": dict(self.adapter.state_dict()),
+            "adapter": {name: tensor.detach() for name, tensor in self.adapter.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict(),

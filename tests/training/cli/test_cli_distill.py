@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stylewright.training.cli.app import run
 from stylewright.training.cli.distill import DistilJob, likeness_of, prompts_of, stated_prompts
+from stylewright.training.cli.distill import run as distill_now
+from stylewright.training.cli.launch import Launch
 from stylewright.training.embedded.oracle import Oracle
 from stylewright.training.hosts.loading import load_host
 from stylewright.training.loops.distil_config import DistilConfig
@@ -186,6 +188,22 @@ def test_all_weights_learn_and_are_drawn_with(workplace, capsys):
     drawing = ["generate", "--prompt", "star", "--size", "32x32", "--adapter", result["student"]]
     assert len(printed(capsys, *drawing)["pictures"]) == 1
     assert "never guided" in refused(capsys, *drawing, "--guidance", "3")
+
+
+def test_a_model_is_placed_twice_where_all_weights_of_its_parts_learn(workplace):
+    """Once to train and once as it was, by what puts a model into parts; then the student is the same."""
+    options = DistilConfig(steps=2, batch_size=2, full=True, fake_rank=2, learning_rate=1e-3)
+    placed = []
+
+    def place(module):
+        placed.append((next(module.parameters()).requires_grad, {tensor.dtype for tensor in module.parameters()}))
+        return module
+
+    for name, launch in {"whole": Launch(), "in parts": Launch(place=place)}.items():
+        distill_now(DistilJob(resolution=32, out=name), options, False, launch)
+    assert placed == [(False, {torch.float32}), (True, {torch.float32})]
+    whole, parts = (load_file(workplace / name / "student.safetensors") for name in ("whole", "in parts"))
+    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())
 
 
 def test_a_student_may_begin_with_its_teachers_pictures(workplace, capsys):

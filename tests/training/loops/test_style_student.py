@@ -146,7 +146,7 @@ def test_a_file_has_the_types_that_the_network_has(tmp_path):
         model(X, LEVEL, TOLD)
     with trained_whole(model.module) as (whole, frozen):
         assert {tensor.dtype for tensor in whole.parameters()} == {torch.float32}
-        stored = whole.as_stored(whole.state_dict())
+        stored = whole.as_stored(whole.tensors)
     assert stored["inner.weight"].dtype == torch.bfloat16 and stored["outer.weight"].dtype == torch.float32
     assert model.module.inner.weight.dtype == torch.bfloat16 and frozen.inner.weight.dtype == torch.bfloat16
 
