@@ -5,6 +5,7 @@ Times count the teacher's 1000, 0 = data; of flows the level is sigma, 1 = noise
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -80,6 +81,23 @@ def one_step_of(clock: Clock, prediction: str, share: float) -> dict[str, Any]:
     flow = prediction == "flow"
     level = time_of_log_snr(log_snr) if flow else clock.time_of(log_snr)
     return {"level": _shortest(level), "unit": "sigma" if flow else "time", "prediction": prediction, "start": UNIT}
+
+
+def told_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """What the calls of two students differ in, as :func:`one_step_of` said them: its name, and of either in short.
+
+    None for calls that are alike, but for the rounding of a level.
+    """
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        numbers = isinstance(a, float | int) and isinstance(b, float | int)
+        if not (isclose(a, b, rel_tol=1e-4) if numbers else a == b):
+            return name, _short(a), _short(b)
+    return None
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def _shortest(value: Tensor) -> float:

@@ -5,19 +5,22 @@ other, [w s B, (1 - w) s' B'] [A; A'] is the mean of the changes exactly.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 
+from ..one_step_presets import told_apart
 from .contents import AdapterFile, read_about, read_adapter
 from .layers import Layer
 from .metadata import FULL, LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
 from .resizing import Cut, as_lora, require_finite, resize_layers, rewritten, write_file
 from .whole import is_whole, load_whole, save_whole
 
+MERGED = "merged"  # in the metadata: of what
 ALIKE = ("family", "process", "prediction")  # of two students, and how they are called
 
 
@@ -47,27 +50,43 @@ def merge_students(first: Path, second: Path, target: Path, weight: float, cut: 
 def _merge_whole(first: Path, second: Path, target: Path, weight: float) -> int:
     """Of two students with all weights, tensor by tensor. How many."""
     require_weight(weight)
-    about = merged_about(read_about(first), read_about(second), first.name, second.name)
+    names = names_apart(first, second)
+    about = merged_about(read_about(first), read_about(second), names)
     one, other = load_whole(first), load_whole(second)
     for name in one.keys() | other.keys():
         if name not in one or name not in other or one[name].shape != other[name].shape:
-            raise ValueError(f"{name} is not of one size in {first.name} and {second.name}: expected one model")
+            raise ValueError(f"{name} is not of one size in {names[0]} and {names[1]}: expected one model")
     between = {name: torch.lerp(other[name].float(), one[name].float(), weight).to(one[name].dtype) for name in one}
-    save_whole(target, between, replace(about, method=FULL))
+    save_whole(target, between, replace(about, method=FULL), {MERGED: mixture(weight, names)})
     return len(between)
 
 
 def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> AdapterFile:
     """The same of files that are open already."""
     require_weight(weight)
-    about = merged_about(first.about, second.about, first.path.name, second.path.name)
+    names = names_apart(first.path, second.path)
+    about = merged_about(first.about, second.about, names)
     for file in (first, second):
         if file.unknown:
             raise ValueError(f"{file.path} has tensors that we do not understand, for example {file.unknown[0]}")
         require_finite(file.layers)
     layers = merged_layers(first.layers, second.layers, weight)
-    mixture = f"{weight:g} of {first.path.name} and {1 - weight:g} of {second.path.name}"
-    return rewritten(replace(first, about=about, header=_header(first, second)), layers, {"merged": mixture})
+    made = replace(first, about=about, header=_header(first, second))
+    return rewritten(made, layers, {MERGED: mixture(weight, names)})
+
+
+def mixture(weight: float, names: tuple[str, str]) -> str:
+    return f"{weight:g} of {names[0]} and {1 - weight:g} of {names[1]}"
+
+
+def names_apart(one: Path, other: Path) -> tuple[str, str]:
+    """The names of two files, with as many of their folders as tell them apart."""
+    parts = [Path(os.path.abspath(path)).parts for path in (one, other)]
+    for count in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(each[-count:]) for each in parts]
+        if ends[0] != ends[1]:
+            return ends[0], ends[1]
+    return one.name, other.name  # one file
 
 
 def _header(first: AdapterFile, second: AdapterFile) -> dict[str, str]:
@@ -108,16 +127,19 @@ def _side_by_side(name: str, layers: list[Layer]) -> Layer:
     return Layer("lora", {"A": inner, "B": outer.to(inner.dtype)})
 
 
-def merged_about(first: AdapterMetadata | None, second: AdapterMetadata | None, *names: str) -> AdapterMetadata:
+def merged_about(
+    first: AdapterMetadata | None, second: AdapterMetadata | None, names: tuple[str, str]
+) -> AdapterMetadata:
     """What is true of both students. ValueError naming what they differ in."""
     for about, name in zip((first, second), names, strict=True):
         if about is None or not about.one_step:
             raise ValueError(f"{name} does not say that it is a one-step student: only those are merged")
     assert first is not None and second is not None
     for what in ALIKE:
-        _require_alike(what, getattr(first, what), getattr(second, what), names)
-    for what in sorted(first.one_step.keys() | second.one_step.keys()):
-        _require_alike(f"the student's {what}", first.one_step.get(what), second.one_step.get(what), names)
+        if (one := getattr(first, what)) != (other := getattr(second, what)):
+            _refuse(what, one, other, names)
+    if differing := told_apart(first.one_step, second.one_step):
+        _refuse(f"the student's {differing[0]}", *differing[1:], names)
     same = {field: getattr(first, field) for field in COMMON if getattr(first, field) == getattr(second, field)}
     kept = {field: getattr(first, field) for field in (*ALIKE, "one_step", "unet_layers")}
     return AdapterMetadata(method="lora", rank=1, title="One-step student", **kept, **same)
@@ -126,6 +148,5 @@ def merged_about(first: AdapterMetadata | None, second: AdapterMetadata | None, 
 COMMON = ("base_model", "style_phrase", "trigger", "resolution", "targets")
 
 
-def _require_alike(what: str, one: Any, other: Any, names: tuple[str, ...]) -> None:
-    if one != other:
-        raise ValueError(f"{what} is {one!r} in {names[0]} and {other!r} in {names[1]}: such students cannot be merged")
+def _refuse(what: str, one: str, other: str, names: tuple[str, str]) -> NoReturn:
+    raise ValueError(f"{what} is {one} in {names[0]} and {other} in {names[1]}: such students cannot be merged")

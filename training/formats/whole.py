@@ -6,6 +6,7 @@ ComfyUI's Load Diffusion Model and diffusers read them as they are.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,11 +37,17 @@ class WholeReport:
     metadata: Mapping[str, str]
 
 
-def save_whole(path: Path, state: Mapping[str, Tensor], about: AdapterMetadata) -> None:
+def save_whole(
+    path: Path,
+    state: Mapping[str, Tensor],
+    about: AdapterMetadata,
+    said: Mapping[str, str] = MappingProxyType({}),  # further metadata of ours
+) -> None:
     """Writes a network's tensors under its own names."""
     header = {key: value for key, value in build_metadata(about).items() if not key.startswith(_OF_ADAPTERS)}
     kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda temporary: save_file(kept, temporary, {**header, f"{PREFIX}rank": "1"}))
+    header |= {f"{PREFIX}{name}": words for name, words in said.items()} | {f"{PREFIX}rank": "1"}
+    write_atomically(path, lambda temporary: save_file(kept, temporary, header))
 
 
 def is_whole(path: Path) -> bool:

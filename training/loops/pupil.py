@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isclose
 from typing import Any
 
 from ..adapters.stand_in import base_weight
@@ -11,7 +10,7 @@ from ..data.prompts import Prompts
 from ..denoiser import TimedDenoiser
 from ..formats.metadata import FULL, AdapterMetadata
 from ..formats.starting import Start
-from ..one_step_presets import one_step_of
+from ..one_step_presets import one_step_of, told_apart
 from .distil_config import DistilConfig
 from .likeness import Likeness
 from .networks import Networks, Worn
@@ -60,20 +59,13 @@ def require_called_alike(start: Start | None, denoiser: TimedDenoiser, config: D
     """ValueError for a student to begin with that is called at another time, at which it alone draws."""
     if start is None or not start.one_step:
         return
-    ours, said = one_step_of(denoiser.clock, denoiser.prediction, config.time), start.one_step
-    for name, now in ours.items():
-        before = said.get(name, now)
-        alike = isclose(before, now, rel_tol=1e-4) if isinstance(now, float) else before == now
-        if not alike:
-            raise ValueError(
-                f"{start.name} is a one-step student whose {name} is {_short(before)}, and with time={config.time:g} "
-                f"this run's is {_short(now)}: it would draw noise. State the time that it was trained for, or begin "
-                "with another"
-            )
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if differing := told_apart(start.one_step, one_step_of(denoiser.clock, denoiser.prediction, config.time)):
+        what, before, now = differing
+        raise ValueError(
+            f"{start.name} is a one-step student whose {what} is {before}, and with time={config.time:g} "
+            f"this run's is {now}: it would draw noise. State the time that it was trained for, or begin "
+            "with another"
+        )
 
 
 def begun_with(about: AdapterMetadata, prompts: Prompts, begun: Start | Worn | None) -> AdapterMetadata:

@@ -7,10 +7,10 @@ import torch
 
 from stylewright.training.formats.adapters import load_adapter, save_adapter
 from stylewright.training.formats.contents import read_adapter
-from stylewright.training.formats.merging import merge_students
+from stylewright.training.formats.merging import merge_students, names_apart
 from stylewright.training.formats.metadata import FULL, AdapterMetadata, build_metadata
 from stylewright.training.formats.resizing import Cut
-from stylewright.training.formats.whole import is_whole, load_whole, save_whole
+from stylewright.training.formats.whole import inspect_whole, is_whole, load_whole, save_whole
 
 ONE_STEP = {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
 ABOUT = AdapterMetadata(
@@ -64,6 +64,19 @@ def test_the_file_is_a_student_and_says_what_it_is_of(tmp_path):
     assert not file.unknown and max(layer.rank for layer in file.layers.values()) >= 4
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders_and_levels_have_few_digits(tmp_path):
+    one, two = (tmp_path / "runs" / name / "x" / "adapter.safetensors" for name in ("one", "two"))
+    student(one)
+    student(two, seed=1, one_step={**ONE_STEP, "level": 0.4000000059604645})
+    with pytest.raises(ValueError, match=r"level is 1 in one/x/adapter.safetensors and 0\.4 in two/x/adapter"):
+        merge_students(one, two, tmp_path / "m.safetensors", 0.5)
+    student(one, one_step={**ONE_STEP, "level": 0.4})
+    merge_students(one, two, tmp_path / "m.safetensors", 0.25)
+    header = read_adapter(tmp_path / "m.safetensors").header
+    assert header["stylewright.merged"] == "0.25 of one/x/adapter.safetensors and 0.75 of two/x/adapter.safetensors"
+    assert names_apart(one, one) == (one.name, one.name)
+
+
 def test_a_lower_rank_afterwards_is_the_best_of_it(tmp_path):
     one, two = (student(tmp_path / f"{n}.safetensors", seed=n, names=[SINGLE]) for n in range(2))
     merge_students(one, two, tmp_path / "m.safetensors", 0.5)
@@ -76,12 +89,12 @@ def test_a_lower_rank_afterwards_is_the_best_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"one_step": {**ONE_STEP, "level": 0.4}}, "level is 1.0 in a.safetensors and 0.4 in b.safetensors"),
+        ({"one_step": {**ONE_STEP, "level": 0.4}}, "level is 1 in a.safetensors and 0.4 in b.safetensors"),
         ({"one_step": {**ONE_STEP, "start": "scaled"}}, "student's start"),
         ({"one_step": {**ONE_STEP, "unit": "time"}}, "student's unit"),
-        ({"prediction": "eps"}, "prediction is 'flow'"),
-        ({"process": "vp"}, "process is 'flow'"),
-        ({"family": "sd3"}, "family is 'flux'"),
+        ({"prediction": "eps"}, "prediction is flow in"),
+        ({"process": "vp"}, "process is flow in"),
+        ({"family": "sd3"}, "family is flux in"),
         ({"one_step": {}}, "b.safetensors does not say that it is a one-step student"),
         ({"width": 6}, "expected one model"),
         ({"style": "peft"}, "stylewright convert --style"),
@@ -120,6 +133,8 @@ def test_all_weights_are_between_those_of_both(weight, tmp_path):
     if weight in (0.0, 1.0):
         assert all(torch.equal(tensor, (a if weight else b)[name]) for name, tensor in merged.items())
     assert is_whole(tmp_path / "m.safetensors")
+    said = inspect_whole(tmp_path / "m.safetensors").metadata["stylewright.merged"]
+    assert said == f"{weight:g} of 0.safetensors and {1 - weight:g} of 1.safetensors"
 
 
 def test_all_weights_and_adapters_are_not_mixed_and_ranks_are_of_adapters(tmp_path):
