@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .generate import Components, Guidance, Model, Prompts, in_style
+from .generate import Components, Guidance, Model, Prompts, in_style, require_family
 from .output import Json, show
 
 
@@ -44,9 +44,8 @@ def approximate(
     if methods := {layer.method for layer in file.layers.values()} - {STYLE_INJECT}:
         raise ValueError(f"{source} is a {methods.pop()} adapter, and this is for StyleInject: no LoRA is known for it")
     host = load_host(model, device_of(device), components=components)
+    require_family(file, host)
     family = host.denoiser.family
-    if file.family != family:
-        raise ValueError(f"{source} is an adapter for {file.family or 'an unknown family'}, and the model is {family}")
     loaded = loaded_from(file, "diffusers", family=family)
     asked = in_style(prompts, file.about.style_phrase if file.about else "")
     found = nearest(

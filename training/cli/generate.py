@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..adapters.attach import Adapter
     from ..denoiser import TimedDenoiser
+    from ..formats.contents import AdapterFile
     from ..hosts.host import Host
 
 Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")]
@@ -115,7 +116,7 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
         yield host, "", None
         return
     from ..adapters.attach import attached_to_parts, parts_named
-    from ..formats.adapters import load_adapter
+    from ..formats.adapters import loaded_from
     from ..formats.contents import read_about, read_adapter
     from ..formats.keys import TEXT_ENCODER
     from ..formats.metadata import FULL
@@ -127,16 +128,25 @@ def wearing(host: "Host", adapter: Path | None) -> Iterator[tuple["Host", str, "
         with with_weights(host.denoiser, adapter, about):
             yield host, about.style_phrase, None
         return
-    file, family = read_adapter(adapter), host.denoiser.family
-    if file.family != family:
-        raise ValueError(f"{adapter} is an adapter for {file.family or 'an unknown family'}, and the model is {family}")
+    file = read_adapter(adapter)
+    require_family(file, host)
     if any(name.startswith(TEXT_ENCODER) for name in file.layers):
         host = with_text_encoders(host)
-    loaded = load_adapter(adapter, "diffusers", weights=weights_of(host), text_encoders=True)
+    loaded = loaded_from(file, "diffusers", weights=weights_of(host), text_encoders=True)
     trees = {"": host.denoiser.module, **host.text_encoders}
-    with attached_to_parts(parts_named(trees, loaded.names, family), loaded.config, seed=0) as attachment:
+    with attached_to_parts(parts_named(trees, loaded.names, host.denoiser.family), loaded.config, seed=0) as attachment:
         attachment.load_state_dict(loaded.state)
         yield host, loaded.about.style_phrase if loaded.about else "", attachment
+
+
+def require_family(file: "AdapterFile", host: "Host") -> None:
+    """ValueError for an adapter of another family than the host's."""
+    if file.family != (family := host.denoiser.family):
+        is_for = "is an adapter for" if file.states_family else "is, by the names of its layers, an adapter for"
+        raise ValueError(
+            f"{file.path} {is_for} {file.family or 'a family that we do not know'}, and the model {host.name} is of "
+            f"the family {family}"
+        )
 
 
 def level_of(adapter: Path | None, host: "Host") -> "Tensor | None":
@@ -155,10 +165,16 @@ def level_of(adapter: Path | None, host: "Host") -> "Tensor | None":
 
 
 def weights_of(host: "Host") -> Callable[[str], "Tensor"]:
-    """Gives the weight of a layer of the host's model, or of a text encoder in it, by its name."""
+    """Gives the weight of a layer of the host's model, or of a text encoder in it, by its name; or a ValueError."""
     trees = {"": host.denoiser.module, **host.text_encoders}
     parameters = {prefix + name: value for prefix, tree in trees.items() for name, value in tree.named_parameters()}
-    return lambda name: parameters[f"{name}.weight"]
+
+    def weight(name: str) -> "Tensor":
+        if (found := parameters.get(f"{name}.weight")) is None:
+            raise ValueError(f"{host.name} has no layer {name}, which the adapter is on: it is for another model")
+        return found
+
+    return weight
 
 
 def in_style(prompts: list[str], phrase: str) -> list[str]:

@@ -240,15 +240,13 @@ def start_at(path: str | None, host: "Host", config: "AdapterConfig") -> "Start 
 
 def loaded_for(host: "Host", path: Path) -> "LoadedAdapter":
     """The adapter of a file, with the names of the host's layers. ValueError for one of another family."""
-    from ..formats.adapters import load_adapter
-    from .generate import weights_of
+    from ..formats.adapters import loaded_from
+    from ..formats.contents import read_adapter
+    from .generate import require_family, weights_of
 
-    loaded = load_adapter(path, "diffusers", weights=weights_of(host))
-    if loaded.family != host.denoiser.family:
-        raise ValueError(
-            f"{path} is an adapter for {loaded.family or 'an unknown family'}, and the model is {host.denoiser.family}"
-        )
-    return loaded
+    file = read_adapter(path)
+    require_family(file, host)
+    return loaded_from(file, "diffusers", weights=weights_of(host))
 
 
 def sampler(host: "Host", options: TrainConfig) -> Any:

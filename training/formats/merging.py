@@ -1,20 +1,22 @@
 """One student of two: weights between theirs, w theta_A + (1 - w) theta_B (SwiftBrush v2, arXiv 2408.14176).
 
-The change that an adapter makes is merged, and not its factors: for products scale B A with their ranks one after the
-other, [w s B, (1 - w) s' B'] [A; A'] is the mean of the changes exactly.
+Of two adapters the change that they make is merged, and not their factors: for products scale B A with their ranks one
+after the other, [w s B, (1 - w) s' B'] [A; A'] is the mean of the changes exactly. Where one student has all weights,
+as the paper's first has, the other's are those of the base model with its change, and all weights come out.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from ..one_step_presets import told_apart
-from .contents import AdapterFile, read_about, read_adapter
+from .contents import AdapterFile, read_about, read_adapter, read_outline
 from .layers import Layer
 from .metadata import FULL, LAYERS_KEY, LAYOUT_KEY, NORM_KEY, STYLE_KEY, AdapterMetadata
 from .resizing import Cut, as_lora, require_finite, resize_layers, rewritten, write_file
@@ -24,19 +26,31 @@ MERGED = "merged"  # in the metadata: of what
 ALIKE = ("family", "process", "prediction")  # of two students, and how they are called
 
 
-def merge_students(first: Path, second: Path, target: Path, weight: float, cut: Cut | None = None) -> str:
+# All weights of a base model with the change of the adapter in this file.
+Changed = Callable[[Path], Mapping[str, Tensor]]
+
+
+def merge_students(
+    first: Path,
+    second: Path,
+    target: Path,
+    weight: float,
+    cut: Cut | None = None,  # lower ranks, for of adapters the sum of both would be exact, and as large as both
+    *,
+    changed: Changed | None = None,  # for one student with all weights and one adapter
+) -> str:
     """Writes the student between two, ``weight`` of the first and the rest of the second, and says how large it is.
 
-    ``cut``: lower ranks, for of adapters the sum of both would be exact, and as large as both. ValueError, and nothing
-    written, for files that are no students, or that are of different kinds or called differently.
+    ValueError, and nothing written, for files that are no students, or that are called differently.
     """
     whole = [is_whole(path) for path in (first, second)]
-    if all(whole):
-        if cut is not None:
-            raise ValueError("Got a rank for two students with all of their weights: expected none.")
-        return f"{_merge_whole(first, second, target, weight)} tensors, all weights"
+    if changed is not None and len(set(whole)) == 1:
+        both = "have all weights" if whole[0] else "are adapters"
+        raise ValueError(f"Got a model, and both students {both}, which need none: leave --model out.")
     if any(whole):
-        raise ValueError(f"only one of {first.name} and {second.name} is an adapter: expected two, or none")
+        if cut is not None:
+            raise ValueError("Got a rank, and what comes out has all weights, with none to lower: leave --rank out.")
+        return f"{_merge_whole(first, second, target, weight, changed)} tensors, all weights"
     merged = merged_files(read_adapter(first), read_adapter(second), weight)
     if cut is not None:
         small = resize_layers(merged.layers, cut)
@@ -47,18 +61,40 @@ def merge_students(first: Path, second: Path, target: Path, weight: float, cut: 
 
 
 @torch.no_grad()
-def _merge_whole(first: Path, second: Path, target: Path, weight: float) -> int:
-    """Of two students with all weights, tensor by tensor. How many."""
+def _merge_whole(first: Path, second: Path, target: Path, weight: float, changed: Changed | None) -> int:
+    """Of two students, one of which at least has all weights, tensor by tensor in float32. How many."""
     require_weight(weight)
     names = names_apart(first, second)
     about = merged_about(read_about(first), read_about(second), names)
-    one, other = load_whole(first), load_whole(second)
+    one, other = (_all_weights(path, changed) for path in (first, second))
+    stored = one if is_whole(first) else other  # in the types to write
     for name in one.keys() | other.keys():
         if name not in one or name not in other or one[name].shape != other[name].shape:
-            raise ValueError(f"{name} is not of one size in {names[0]} and {names[1]}: expected one model")
-    between = {name: torch.lerp(other[name].float(), one[name].float(), weight).to(one[name].dtype) for name in one}
-    save_whole(target, between, replace(about, method=FULL), {MERGED: mixture(weight, names)})
-    return len(between)
+            with_model = "" if changed is None else ", the one that is given included"
+            raise ValueError(f"{name} is not of one size in {names[0]} and {names[1]}: expected one model{with_model}")
+    between = {name: torch.lerp(other[name].float(), one[name].float(), weight) for name in one}
+    if bad := [name for name, tensor in between.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{bad[0]} is not finite between {names[0]} and {names[1]}: one of them is damaged")
+    kept = {name: tensor.to(stored[name].dtype) for name, tensor in between.items()}
+    save_whole(target, kept, replace(about, method=FULL), {MERGED: mixture(weight, names)})
+    return len(kept)
+
+
+def _all_weights(path: Path, changed: Changed | None) -> Mapping[str, Tensor]:
+    """A student's. ValueError for an adapter without the model that it is on."""
+    if is_whole(path):
+        return load_whole(path)
+    outline = read_outline(path)
+    if outline.unmergeable:
+        raise ValueError(f"{path} acts by what comes into its layers, and is no change of weights: it has no mean")
+    if changed is None:
+        base = outline.about.base_model if outline.about else ""
+        raise ValueError(
+            f"{path} is an adapter, a change of its model's weights, and the other student has all weights: what is "
+            "between them takes the model's, too. Give the model that the adapter was distilled from with --model"
+            + (f" (its file says {base})" if base else "")
+        )
+    return changed(path)
 
 
 def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> AdapterFile:

@@ -2,9 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
+from ..adapters.targets import exactly
+from ..adapters.whole import merge_into
 from ..denoiser import Denoiser
+from ..formats.adapters import LoadedAdapter
 from ..formats.metadata import AdapterMetadata
 from ..formats.whole import load_whole
 
@@ -16,7 +22,7 @@ def with_weights(denoiser: Denoiser, path: Path, about: AdapterMetadata) -> Iter
     ValueError, and nothing changed, for weights of another family, or of other shapes.
     """
     if about.family != denoiser.family:
-        raise ValueError(f"{path} is a network of the family {about.family}, and the model is {denoiser.family}")
+        raise ValueError(f"{path} is a network of the family {about.family}, and the model of {denoiser.family}")
     state, own = load_whole(path), dict(denoiser.module.named_parameters())
     for name, parameter in own.items():
         if name not in state or state[name].shape != parameter.shape:
@@ -30,3 +36,17 @@ def with_weights(denoiser: Denoiser, path: Path, about: AdapterMetadata) -> Iter
     finally:
         for name, parameter in own.items():
             parameter.data = before[name]
+
+
+def merged_weights(denoiser: Denoiser, loaded: LoadedAdapter, name: str) -> dict[str, Tensor]:
+    """All weights of the network with the change of an adapter merged into them, which is left in it.
+
+    ``name``: of the adapter's file, for messages. ValueError for one that is no change of weights, or of a network
+    that is built in another way.
+    """
+    known = {each for each, _ in denoiser.module.named_modules()}
+    if strangers := [layer for layer in loaded.names if layer not in known]:
+        raise ValueError(f"{name} adapts the layer {strangers[0]}, which this model does not have: it is of another")
+    config = replace(loaded.config, targets=exactly(loaded.names))
+    merge_into(denoiser.module, loaded.state, config, denoiser.family, name)
+    return denoiser.module.state_dict()

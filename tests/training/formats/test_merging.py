@@ -18,6 +18,9 @@ ABOUT = AdapterMetadata(
 )
 NAMES = [f"transformer_blocks.0.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
 SINGLE = "single_transformer_blocks.1.proj_out"
+INJECTED = {
+    "styleinject_A": (4, 2, 8), "styleinject_B": (8, 2), "styleinject_R": (4, 8), "styleinject_r": (4,),
+}  # fmt: skip
 
 
 def student(path, *, rank=2, names=NAMES, seed=0, style=None, width=8, kinds="AB", **changes):
@@ -137,12 +140,47 @@ def test_all_weights_are_between_those_of_both(weight, tmp_path):
     assert said == f"{weight:g} of 0.safetensors and {1 - weight:g} of 1.safetensors"
 
 
-def test_all_weights_and_adapters_are_not_mixed_and_ranks_are_of_adapters(tmp_path):
+def test_a_model_is_for_all_weights_with_an_adapter_and_ranks_are_of_adapters(tmp_path):
     one, two, adapter = whole(tmp_path / "a.safetensors"), whole(tmp_path / "b.safetensors"), tmp_path / "c.safetensors"
-    student(adapter)
-    for files, cut, words in (((one, adapter), None, "only one"), ((one, two), Cut(value=2), "expected none")):
+    student(adapter, base_model="X")
+    unused = pytest.fail
+    for files, cut, changed, words in (
+        (
+            (one, adapter),
+            None,
+            None,
+            r"c\.safetensors is an adapter, .* Give the model .* with --model \(its file says X\)",
+        ),
+        ((adapter, one), None, None, r"c\.safetensors is an adapter"),
+        ((one, two), Cut(value=2), None, "leave --rank out"),
+        ((one, adapter), Cut(value=2), unused, "leave --rank out"),
+        ((one, two), None, unused, "both students have all weights, .* leave --model out"),
+        ((adapter, adapter), None, unused, "both students are adapters, .* leave --model out"),
+    ):
         with pytest.raises(ValueError, match=words):
-            merge_students(*files, tmp_path / "m.safetensors", 0.5, cut)
+            merge_students(*files, tmp_path / "m.safetensors", 0.5, cut, changed=changed)
     with pytest.raises(ValueError, match="student's level"):
         late = whole(tmp_path / "d.safetensors", one_step={**ONE_STEP, "level": 0.4})
         merge_students(one, late, tmp_path / "m.safetensors", 0.5)
+
+
+def test_all_weights_and_an_adapter_are_called_alike_or_not_merged_and_no_model_is_opened(tmp_path):
+    one, other = whole(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    student(other, one_step={**ONE_STEP, "level": 0.4})
+    with pytest.raises(ValueError, match=r"level is 1 in a\.safetensors and 0\.4 in b\.safe"):
+        merge_students(one, other, tmp_path / "m.safetensors", 0.5, changed=pytest.fail)
+    draw = {f"{NAMES[0]}.{name}": torch.ones(shape) for name, shape in INJECTED.items()}
+    save_adapter(other, draw, build_metadata(replace(ABOUT, method="styleinject", options={"branches": 4})))
+    with pytest.raises(ValueError, match="is no change of weights"):
+        merge_students(one, other, tmp_path / "m.safetensors", 0.5, changed=pytest.fail)
+
+
+@pytest.mark.parametrize("where", ["all weights", "the adapter"])
+def test_what_is_not_finite_is_never_written(where, tmp_path):
+    one, adapter = whole(tmp_path / "a.safetensors"), student(tmp_path / "b.safetensors")
+    states = {name: load_whole(one) for name in ("all weights", "the adapter")}
+    states[where]["a.weight"][0, 0] = float("nan")
+    save_whole(one, states["all weights"], replace(ABOUT, method=FULL, rank=1, alpha=None))
+    with pytest.raises(ValueError, match=r"a\.weight is not finite between a\.safetensors and b\.safetensors"):
+        merge_students(one, adapter, tmp_path / "m.safetensors", 0.5, changed=lambda _: states["the adapter"])
+    assert not (tmp_path / "m.safetensors").exists()
