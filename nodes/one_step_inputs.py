@@ -16,7 +16,7 @@ def level_widgets() -> list[io.Input]:
             default=next(iter(ONE_STEP_PRESETS)),
             tooltip="Which distilled model this is. One of another family is refused. With custom: the levels below, "
             "or the model's own schedule where there are none. As the student's file says: of a student that Load "
-            "Style LoRA or Embedded Model has put on the model.",
+            "Style LoRA or Embedded Model has put on the model, or that is the file of Load Diffusion Model.",
         ),
         io.Int.Input("steps", default=0, min=0, max=100, tooltip="0 = the preset's usual number."),
         io.Float.Input(

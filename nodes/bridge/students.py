@@ -1,11 +1,14 @@
 """One-step students on a MODEL, which knows by its file how it is called."""
 
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
 
 from ...training.data.captions import listed
+from ...training.formats.contents import read_about
 from ...training.formats.metadata import AdapterMetadata
 from ...training.one_step_presets import OneStepPreset, student_preset
 from .families import family_of
@@ -16,9 +19,8 @@ STUDENT = "stylewright.student"
 
 def mark(model: comfy.model_patcher.ModelPatcher, name: str, about: AdapterMetadata | None) -> None:
     """Notes on a clone of ours that a student was put on it. Nothing happens for an adapter that is none."""
-    if about is not None and about.one_step:
-        side, names = about.resolution or 1024, (*students_on(model), name)
-        noted = {"family": about.family, "side": side, "one_step": about.one_step, "names": names}
+    noted = about and _about(name, about, students_on(model))
+    if noted:
         model.set_attachments(STUDENT, noted)
 
 
@@ -54,11 +56,35 @@ def preset_of(model: comfy.model_patcher.ModelPatcher) -> OneStepPreset:
     noted = _noted(model)
     if noted is None:
         raise ValueError(
-            "no file on this model says that it is a one-step student: put one on by Load Style LoRA or switch "
-            "one_step on in Embedded Model, or choose a preset"
+            "no file on this model says that it is a one-step student: put one on by Load Style LoRA, load one with "
+            "all of its weights by Load Diffusion Model (of a ComfyUI that remembers the file), or switch one_step on in "
+            "Embedded Model; or choose a preset"
         )
     return student_preset(family_of(model), noted["side"], noted["one_step"])
 
 
 def _noted(model: comfy.model_patcher.ModelPatcher) -> Mapping[str, Any] | None:
-    return model.get_attachment(STUDENT)
+    return model.get_attachment(STUDENT) or _of_whole(model)
+
+
+def _of_whole(model: comfy.model_patcher.ModelPatcher) -> Mapping[str, Any] | None:
+    """The same of a student with all weights that ComfyUI's own loader read.
+
+    It drops what the file says. Newer versions keep how to load the model again, and thereby the file's path.
+    """
+    _, given, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    path = given[0] if given else None
+    if not isinstance(path, str | PathLike) or not Path(path).is_file():
+        return None
+    try:
+        about = read_about(Path(path))
+    except ValueError:  # another kind of file
+        return None
+    return None if about is None else _about(Path(path).name, about)
+
+
+def _about(name: str, about: AdapterMetadata, others: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    if not about.one_step:
+        return None
+    side, names = about.resolution or 1024, (*others, name)
+    return {"family": about.family, "side": side, "one_step": about.one_step, "names": names}
