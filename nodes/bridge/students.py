@@ -57,8 +57,8 @@ def preset_of(model: comfy.model_patcher.ModelPatcher) -> OneStepPreset:
     if noted is None:
         raise ValueError(
             "no file on this model says that it is a one-step student: put one on by Load Style LoRA, load one with "
-            "all of its weights by Load Diffusion Model (of a ComfyUI that remembers the file), or switch one_step on in "
-            "Embedded Model; or choose a preset"
+            "all of its weights by Load Diffusion Model (of a ComfyUI that remembers the file), or switch one_step on "
+            "in Embedded Model; or choose a preset"
         )
     return student_preset(family_of(model), noted["side"], noted["one_step"])
 
