@@ -8,7 +8,7 @@ from ..training.loops.distil_config import DistilConfig
 from .bridge.precision import precision_for
 from .bridge.resuming import AS_IT_IS, AUTOMATIC
 from .bridge.sampling import Brush
-from .distiller_inputs import advanced, links, plain, training
+from .distiller_inputs import AS_THE_CONVENTION, advanced, lessons, links, plain, training
 from .sockets import LORA, LOSS_MAP
 from .trainer_more_inputs import fitting, keeping
 from .trainer_samples import sampling
@@ -45,6 +45,7 @@ class PGSBDistiller(io.ComfyNode):
                 *sampling("the resolution above"),
                 *keeping(),
                 *fitting(),
+                *lessons(),
             ],
             outputs=[
                 LORA.Output("lora", tooltip="The student, for Load Style LoRA, and then One-Step Sampler."),
@@ -130,6 +131,10 @@ class PGSBDistiller(io.ComfyNode):
         sample_width: int = 0,
         sample_height: int = 0,
         memory: str = MEMORY[0],
+        pretraining_steps: int = 0,
+        pretraining_pairs: int = 0,
+        pretraining_teacher_steps: int = 20,
+        pretraining_guidance: float = AS_THE_CONVENTION,
     ) -> io.NodeOutput:
         from .bridge.board import address_of  # half of the core, which nobody waits for at start-up
         from .bridge.distil_prompts import lines_of, prompts_of, styled_lines
@@ -172,6 +177,10 @@ class PGSBDistiller(io.ComfyNode):
             ),
             fake_rank=fake_rank,
             fake_alpha=fake_alpha,
+            pretraining_steps=pretraining_steps,
+            pretraining_pairs=pretraining_pairs,
+            pretraining_teacher_steps=pretraining_teacher_steps,
+            pretraining_guidance=None if pretraining_guidance == AS_THE_CONVENTION else pretraining_guidance,
         )
         job = DistilJob(
             prompts_of(prompts, prompt_file, style_phrase),

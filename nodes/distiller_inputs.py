@@ -8,6 +8,8 @@ from ..training.loops.optimizers import OPTIMIZERS
 from . import training_widgets as widgets
 from .trainer_inputs import PRESETS
 
+AS_THE_CONVENTION = -1.0  # a guidance scale that is none
+
 
 def links() -> list[io.Input]:
     """The sockets."""
@@ -277,4 +279,50 @@ def training() -> list[io.Input]:
         widgets.save_every(250),
         widgets.sample_steps("Sampling steps of the teacher's pictures. The student's have one."),
         widgets.sample_cfg("the teacher's"),
+    ]
+
+
+def lessons() -> list[io.Input]:
+    """What a student is taught before the scores: the teacher's pictures from its own noise."""
+    return [
+        io.Int.Input(
+            "pretraining_steps",
+            default=0,
+            min=0,
+            max=1_000_000,
+            optional=True,
+            advanced=True,
+            tooltip="The first steps, in which the student learns by regression what the teacher draws in many from "
+            "the student's own noise. DMD2 found it necessary for SDXL in one step. 0 = none.",
+        ),
+        io.Int.Input(
+            "pretraining_pairs",
+            default=0,
+            min=0,
+            max=10_000_000,
+            optional=True,
+            advanced=True,
+            tooltip="Of so many pictures of the teacher, over and over, which are kept in main memory; 10,000 in DMD2. "
+            "0 = of new ones in each step, which takes longest.",
+        ),
+        io.Int.Input(
+            "pretraining_teacher_steps",
+            default=20,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="Sampling steps of these pictures.",
+        ),
+        io.Float.Input(
+            "pretraining_guidance",
+            default=AS_THE_CONVENTION,
+            min=AS_THE_CONVENTION,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="CFG of these pictures. -1 = what the convention leads to: 1 with pg-sb, with dmd the middle of "
+            "the guidance range.",
+        ),
     ]

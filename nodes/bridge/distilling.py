@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.sd
 import torch
+from torch import Tensor
 
 from ...training.adapters.attach import layers_to_adapt
 from ...training.data.dataset import Dataset, Example
@@ -37,8 +38,8 @@ from .files import adapter_pattern
 from .host import comfy_host
 from .identity import digest_of_clip, what_acts
 from .memory import Training, leave_device, train_within_memory
-from .noise_levels import noise_levels
-from .one_step_levels import sigma_of
+from .noise_levels import levels_of, noise_levels
+from .one_step_levels import schedule, sigma_of
 from .outcome import TrainedAdapter, as_it_is, kept, published_if_stopped, reporter
 from .previews import TrainingProgress
 from .prompts import GUIDANCE, conditioning_of
@@ -272,6 +273,12 @@ def _distil(
     worn: Worn | None,
 ) -> DistilResult:
     denoiser, side = denoiser_of(host), job.resolution // host.pixels_per_latent
+
+    def levels(steps: int) -> Tensor:
+        """ComfyUI's simple schedule."""
+        sampling = sockets.teacher.get_model_object("model_sampling")
+        return levels_of(sampling).log_snr(torch.tensor([*schedule(sampling, steps), 0.0]))
+
     with negatives_inside(denoiser) as against:
         return distil(
             denoiser,
@@ -293,4 +300,5 @@ def _distil(
             start=start,
             worn=worn,
             against=against,
+            schedule=levels,
         )

@@ -272,3 +272,25 @@ def test_widgets_offer_no_value_that_the_run_refuses():
     DistilConfig(lowest_time=inputs["lowest_time"].max, highest_time=1.0)
     DistilConfig(highest_time=inputs["highest_time"].min, lowest_time=0.0)
     assert "dataset" not in inputs["sample_width"].tooltip + inputs["sample_height"].tooltip
+
+
+def test_a_student_may_begin_with_its_teachers_pictures(distil, embedded, monkeypatch):
+    """By ComfyUI's schedule, shifts included; the scores come after."""
+    from comfy.samplers import calculate_sigmas
+
+    from stylewright.nodes.bridge import distilling
+    from stylewright.nodes.bridge.distilling import distil as loop
+    from stylewright.training.loops.events import read_events
+
+    seen = {}
+    monkeypatch.setattr(distilling, "distil", lambda *args, **more: seen.update(more) or loop(*args, **more))
+    lessons = {"pretraining_teacher_steps": 3, "pretraining_pairs": 2}
+    _, losses, *_ = distil(steps=3, pretraining_steps=2, **lessons)
+    assert len(losses["loss"]) == 3
+    sigmas = calculate_sigmas(embedded.model.get_model_object("model_sampling"), "simple", 3)
+    assert torch.allclose(torch.sigmoid(-seen["schedule"](3) / 2), sigmas, atol=1e-6)
+    assert "apart" in read_events(seen["run_dir"].events)[-1].others
+    with pytest.raises(ValueError, match="pretraining_steps"):
+        distil(steps=2, pretraining_steps=3, file_name="too many")
+    with pytest.raises(ValueError, match="with pretraining_steps some"):
+        distil(steps=2, pretraining_pairs=3, file_name="none")
