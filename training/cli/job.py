@@ -13,6 +13,7 @@ from ..data.concepts import PICTURES, PRIOR_SHARE, PRIOR_WEIGHT, PRIORS, check_p
 from ..errors import IncompatibleCheckpoint
 from ..formats.state import write_atomically
 from ..loops.config import TrainConfig, config_from_table
+from ..loops.differing import listed
 from ..loops.tables import differences, from_table, to_table
 
 FILE = "job.json"  # in the folder of a run, so that it can be resumed without repeating anything
@@ -180,11 +181,8 @@ def keep(job: Job, folder: Path) -> None:
     """Writes the job into the folder of its run. IncompatibleCheckpoint if another job's run is there."""
     if (folder / FILE).exists():
         differing = differences(to_table(recall(folder)), to_table(job))
-        listed = [
-            f"{name} was {was!r} and is {now!r}" for name, (was, now) in differing.items() if name not in MAY_CHANGE
-        ]
-        if listed:
-            raise IncompatibleCheckpoint(f"{folder} holds another run: {'; '.join(listed)}. Choose another folder.")
+        if differing := {name: pair for name, pair in differing.items() if name not in MAY_CHANGE}:
+            raise IncompatibleCheckpoint(f"{folder} holds another run: {listed(differing)}. Choose another folder.")
     text = json.dumps(to_table(job), indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / FILE, lambda temporary: _write(temporary, text))
 

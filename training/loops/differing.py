@@ -18,7 +18,8 @@ def in_words(name: str, was: Any, now: Any) -> str:
     """ "seed was 0 and is 3", or of a hash what it stands for."""
     if name in GIVEN and None in (was, now):
         return f"{GIVEN[name]} now, and there was none" if was is None else f"{GIVEN[name]} no more, and there was one"
-    return OF_INPUTS.get(name, f"{name} was {was!r} and is {now!r}")
+    before, after = ("not given" if value is None else repr(value) for value in (was, now))
+    return OF_INPUTS.get(name, f"{name} was {before} and is {after}")
 
 
 def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:

@@ -1,14 +1,17 @@
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stylewright.training.cli import train as command
 from stylewright.training.cli.app import run
 from stylewright.training.cli.progress import patient_interrupt
+from stylewright.training.formats.adapters import save_adapter
+from stylewright.training.formats.metadata import AdapterMetadata, build_metadata
 
 SMALL = ["--resolution", "64", "--accumulation", "1", "--rank", "2", "--style-phrase", "<v0>", "--images", "pictures"]
 
@@ -169,6 +172,39 @@ def test_another_jobs_run_is_left_alone(workplace, capsys):
     others = [argument.replace("pictures", "others") for argument in SMALL]
     assert run(["train", *others, "--steps", "1", "--out", "run"]) == 1
     assert "images was" in capsys.readouterr().err
+
+
+def test_other_pictures_and_another_beginning_are_said_in_words(workplace, capsys):
+    made = trained(capsys, "train", *SMALL, "--steps", "1", "--out", "run")["adapter"]
+    assert run(["train", *SMALL, "--steps", "1", "--out", "run", "--init-adapter", made]) == 1
+    assert "init_adapter was not given and is '" in capsys.readouterr().err
+    (workplace / "pictures" / "star.txt").write_text("tree")
+    assert run(["train", *SMALL, "--steps", "1", "--out", "run"]) == 1
+    assert "the pictures, captions or masks are others. Continue it with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"), [(True, "is an adapter for sdxl"), (False, "names of its layers, .* sdxl")]
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        ["distill", "--init-adapter"],
+        ["distill", "--teacher-adapter"],
+        ["train", *SMALL, "--init-adapter"],
+        ["generate", "--prompt", "star", "--adapter"],
+    ],
+    ids=lambda use: " ".join(use[:: len(use) - 1]),
+)
+def test_an_adapter_of_another_family_is_named_with_the_model(use, stated, words, workplace, capsys):
+    layer = "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 2048), f"{layer}.lora_B.weight": torch.ones(640, 2)}
+    save_adapter(workplace / "style.safetensors", state, build_metadata(AdapterMetadata("sdxl", "lora", 2)), "kohya")
+    if not stated:
+        save_file(load_file("style.safetensors"), "style.safetensors")
+    assert run([*use, "style.safetensors"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(rf"style\.safetensors .*{words}, and the model embedded is of the family flux", said), said
 
 
 def test_resume_refuses_what_is_no_run(workplace, capsys):

@@ -145,7 +145,7 @@ def test_another_beta_is_another_run(run_to):
     from stylewright.training.errors import IncompatibleCheckpoint
 
     run_to("run", steps=3, loss="dco")
-    with pytest.raises(IncompatibleCheckpoint, match=r"dco_beta was None and is 2\.0"):
+    with pytest.raises(IncompatibleCheckpoint, match=r"dco_beta was not given and is 2\.0"):
         run_to("run", steps=5, loss="dco", dco_beta=2.0)
 
 
