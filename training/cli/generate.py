@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Prompts = Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")]
 Model = Annotated[str, typer.Option(help='"embedded", a diffusers folder, or a .safetensors checkpoint.')]
 Components = Annotated[str | None, typer.Option(help="For a checkpoint: the diffusers folder with what it lacks.")]
-AdapterFile = Annotated[
+AdapterOption = Annotated[
     Path | None,
     typer.Option("--adapter", help="A style to draw in, or a one-step student, which is drawn with in one."),
 ]
@@ -44,7 +44,7 @@ def generate(
     prompts: Prompts,
     model: Model = "embedded",
     components: Components = None,
-    adapter: AdapterFile = None,
+    adapter: AdapterOption = None,
     plain: Plain = False,
     negative: Negative = "",
     seed: int = 0,
