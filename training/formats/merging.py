@@ -66,24 +66,28 @@ def _merge_whole(first: Path, second: Path, target: Path, weight: float, changed
     require_weight(weight)
     names = names_apart(first, second)
     about = merged_about(read_about(first), read_about(second), names)
-    one, other = (_all_weights(path, changed) for path in (first, second))
+    for path in (first, second):
+        _require_weights(path, changed)
+    one, other = (load_whole(path) if changed is None or is_whole(path) else changed(path) for path in (first, second))
     stored = one if is_whole(first) else other  # in the types to write
     for name in one.keys() | other.keys():
         if name not in one or name not in other or one[name].shape != other[name].shape:
             with_model = "" if changed is None else ", the one that is given included"
             raise ValueError(f"{name} is not of one size in {names[0]} and {names[1]}: expected one model{with_model}")
-    between = {name: torch.lerp(other[name].float(), one[name].float(), weight) for name in one}
-    if bad := [name for name, tensor in between.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{bad[0]} is not finite between {names[0]} and {names[1]}: one of them is damaged")
-    kept = {name: tensor.to(stored[name].dtype) for name, tensor in between.items()}
+    kept = {}
+    for name in one:  # in float32 one after the other, for all at once may be twice the file
+        between = torch.lerp(other[name].float(), one[name].float(), weight)
+        if not between.isfinite().all():
+            raise ValueError(f"{name} is not finite between {names[0]} and {names[1]}: one of them is damaged")
+        kept[name] = between.to(stored[name].dtype)
     save_whole(target, kept, replace(about, method=FULL), {MERGED: mixture(weight, names)})
     return len(kept)
 
 
-def _all_weights(path: Path, changed: Changed | None) -> Mapping[str, Tensor]:
-    """A student's. ValueError for an adapter without the model that it is on."""
+def _require_weights(path: Path, changed: Changed | None) -> None:
+    """ValueError for an adapter without the model that it is on, or that has no weights there."""
     if is_whole(path):
-        return load_whole(path)
+        return
     outline = read_outline(path)
     if outline.unmergeable:
         raise ValueError(f"{path} acts by what comes into its layers, and is no change of weights: it has no mean")
@@ -94,7 +98,6 @@ def _all_weights(path: Path, changed: Changed | None) -> Mapping[str, Tensor]:
             "between them takes the model's, too. Give the model that the adapter was distilled from with --model"
             + (f" (its file says {base})" if base else "")
         )
-    return changed(path)
 
 
 def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> AdapterFile:
