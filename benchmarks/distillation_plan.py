@@ -3,6 +3,7 @@
 A UNet of SD2.1's size on torch's meta device: every operation is there with its shapes, and nothing is computed. An
 update is a pass with gradients through the student and one through the fake, and four more forward passes: teacher and
 fake, each with the prompt and without. Not counted is what a block holds while it is computed or computed again.
+A student is an adapter, or as in the paper all weights of a second network, in float32 under autocast.
 
     python benchmarks/distillation_plan.py
 """
@@ -71,16 +72,30 @@ def main() -> None:
     with attached(unet, config, family="sd15", seed=0, device=torch.device("meta")) as adapter:
         numbers = sum(parameter.numel() for parameter in adapter.parameters())
         fake, _ = counted(unet, gradients=False)
+        adapters = numbers * BYTES / 1e9
         found = {
             "model GB": size / 1e9,
             "numbers of an adapter, millions": numbers / 1e6,
-            "both adapters with optimizers and average GB": numbers * (2 * BYTES + AVERAGE) / 1e9,
+            "both adapters with optimizers and average GB": 2 * adapters + numbers * AVERAGE / 1e9,
         }
+        learning = {}
         for name, again in (("kept", False), ("recomputed", True)):
             with differentiable(unet, checkpoint=again):
                 products, kept = counted(unet, gradients=True)
+            learning[name] = products
             found[f"activations {name}, GB"] = options.samples * kept
             found[f"TFLOP an update, activations {name}"] = options.samples * (2 * products + 2 * teacher + 2 * fake)
+    numbers = sum(parameter.numel() for parameter in unet.requires_grad_(True).parameters())
+    found["numbers of the model, millions"] = numbers / 1e6
+    found["full student with optimizer, average and what autocast casts, GB"] = numbers * (BYTES + AVERAGE + 2) / 1e9
+    found["its fake adapter with optimizer, GB"] = adapters
+    for name, again in (("kept", False), ("recomputed", True)):
+        with differentiable(unet, checkpoint=again):
+            products, kept = counted(unet, gradients=True)
+        found[f"full, activations {name}, GB"] = options.samples * kept
+        found[f"full, TFLOP an update, activations {name}"] = options.samples * (
+            products + learning[name] + 2 * teacher + 2 * fake
+        )
     print(json.dumps({name: round(value, 2) for name, value in found.items()}, indent=2))
 
 
