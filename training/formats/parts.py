@@ -45,6 +45,17 @@ def put_back(state: Any, parts: Mapping[str, Tensor]) -> Any:
     return state
 
 
+def require_writing_parts() -> None:
+    """ValueError for a torch that cannot write them as safetensors."""
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"torch {torch.__version__} cannot write what is in parts on several processes as safetensors: update it "
+            "to 2.9 or newer, train an adapter instead of all weights, or leave FSDP out."
+        ) from error
+
+
 def save_parts(folder: Path, parts: Mapping[str, Tensor], words: "dist.ProcessGroup | None") -> None:
     """Writes each process's parts into ``folder``, which all of them see. OSError, in all, where one of them cannot."""
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save

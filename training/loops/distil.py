@@ -20,6 +20,7 @@ from ..adapters.attach import Adapter
 from ..data.prompts import Encode, Prompts
 from ..denoiser import Conditioning, TimedDenoiser
 from ..formats.keys import UNET_LAYERS
+from ..formats.parts import require_writing_parts
 from ..formats.starting import Start
 from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, opened_by_one
@@ -149,6 +150,7 @@ def _refuse_what_cannot_work(config: DistilConfig, likeness: Likeness | None, *,
     if config.full and in_parts:
         if not copied:
             raise ValueError("Got full for a model in parts (FSDP2), and no frozen copy of it.")
+        require_writing_parts()
         if config.optimizer not in ELEMENTWISE:
             raise ValueError(
                 f"Got optimizer={config.optimizer!r} and full for a model in parts (FSDP2), of which no process sees "

@@ -11,6 +11,7 @@ from stylewright.training.cli.distill import DistilJob, likeness_of, prompts_of,
 from stylewright.training.cli.distill import run as distill_now
 from stylewright.training.cli.launch import Launch
 from stylewright.training.embedded.oracle import Oracle
+from stylewright.training.hosts import loading
 from stylewright.training.hosts.loading import load_host
 from stylewright.training.loops.distil_config import DistilConfig
 
@@ -87,6 +88,13 @@ def test_mistakes_are_named_before_anything_is_done(more, message, workplace, ca
 def test_another_run_in_the_folder_is_refused(workplace, capsys):
     printed(capsys, *SMALL, "--steps", "1")
     assert "seed was 0 and is 1" in refused(capsys, *SMALL, "--steps", "1", "--seed", "1")
+
+
+def test_a_run_goes_on_with_its_own_model(workplace, capsys, monkeypatch):
+    printed(capsys, *SMALL, "--steps", "1")
+    monkeypatch.setattr(loading, "load_host", lambda model, *args, **more: load_host("embedded", *args, **more))
+    said = refused(capsys, *SMALL, "--steps", "2", "--model", "models/another")
+    assert "base_model was 'embedded' and is 'another'" in said
 
 
 def test_what_is_known_by_a_hash_alone_is_said_in_words(workplace, capsys):
