@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from one_step_students import HIGH, LOW, MEAN, RECIPE, distilled, judge_of
+from one_step_students import HIGH, LOW, MEAN, SHORT, distilled, judge_of
 from student_curves import table
 from sweep import shown
 from torch import Tensor
@@ -65,7 +65,7 @@ def main() -> None:
     judge, halves = judge_of(options.out), []
     for seed in range(options.seeds):
         config = dataclasses.replace(
-            RECIPE, seed=seed, steps=options.steps, sample_every=0, guidance_low=LOW, guidance_high=HIGH
+            SHORT, seed=seed, steps=options.steps, sample_every=0, guidance_low=LOW, guidance_high=HIGH
         )
         sizes = Sizes()
         with mock.patch.object(score_passes, "guided", sizes):

@@ -9,13 +9,15 @@ random             the same draw for both
 random, frozen     the learning teacher keeps the scale of 3
 random, learning   the frozen teacher keeps it
 random, NASA-T     as random, with a negative prompt in the frozen teacher and in the student's attention
+random, averaged   the very run of random, of which a moving average of the student is looked at
 
-Every tenth iteration the student, without a moving average, draws the same 60 prompts from the same noise.
+At every evaluation the student draws the same 60 prompts from the same noise.
 KID, recall and precision are of the oracle's features, against pictures that the teacher draws of these prompts in 20
 steps without guidance, which is where this convention leads.
 
     python benchmarks/one_step_students.py --out students            runs what is missing, then prints the tables
     python benchmarks/one_step_students.py --out students --report   prints the tables of what is there
+    … --recipe calm                                                  longer, in larger batches and smaller steps
     … --references                                                   prints what the scores lie between
     … --figure students.png                                          and draws them
 
@@ -28,7 +30,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ from stylewright.training.loops.distil import DistilResult, distil  # noqa: E402
 from stylewright.training.loops.distil_config import DistilConfig  # noqa: E402
 from stylewright.training.metrics import kernel_distance, mean_interval, recall  # noqa: E402
 
-PICTURES, EVERY = 60, 10  # prompts of an evaluation; iterations between
+PICTURES = 60  # prompts of an evaluation
 LOW, HIGH = 1.5, 4.5
 TEACHERS = {  # scale, seed, pictures of each prompt
     "unguided": (1.0, 2, 2),
@@ -76,17 +78,21 @@ TEACHERS = {  # scale, seed, pictures of each prompt
 MEAN = (LOW + HIGH) / 2
 UNWANTED = "inked"
 NASA_SCALES, TESTED = (0.0, 0.2, 0.4, 0.8), 80  # of the negative prompt; pictures for each
-RECIPE = DistilConfig(
+SHORT = DistilConfig(
     steps=80,
     batch_size=4,
     learning_rate=5e-4,
     ema_decay=0.0,
     precision="bfloat16",
-    sample_every=EVERY,
+    sample_every=10,
 )
+RECIPES = {
+    "short": SHORT,
+    "calm": dataclasses.replace(SHORT, steps=300, batch_size=8, learning_rate=1e-4, sample_every=15),
+}
 # All arms begin with this student: from the model itself, most of so few iterations would go into leaving its blur.
 BEGINNING = dataclasses.replace(
-    RECIPE, steps=60, batch_size=8, learning_rate=3e-4, ema_decay=0.9, convention=DMD, guidance_low=2.0, sample_every=0
+    SHORT, steps=60, batch_size=8, learning_rate=3e-4, ema_decay=0.9, convention=DMD, guidance_low=2.0, sample_every=0
 )
 
 
@@ -98,6 +104,7 @@ class Kind:
     high: float = HIGH
     steady: str = ""  # which teacher keeps the mean scale: "frozen", "learning", or none
     negative: tuple[str, ...] = ()
+    average: float = 0.0  # decay of the student's moving average
 
 
 KINDS = {
@@ -108,6 +115,7 @@ KINDS = {
     "random, frozen": Kind(steady="learning"),
     "random, learning": Kind(steady="frozen"),
     "random, NASA-T": Kind(negative=(f"{UNWANTED} style",)),
+    "random, averaged": Kind(average=0.95),
 }
 NEGATIVE_TESTED = ("random", "random, NASA-T")
 
@@ -118,8 +126,8 @@ class Arm:
     kind: str
 
 
-def arms(seeds: int) -> Iterator[Arm]:
-    for seed, kind in itertools.product(range(seeds), KINDS):
+def arms(seeds: int, kinds: Sequence[str]) -> Iterator[Arm]:
+    for seed, kind in itertools.product(range(seeds), kinds):
         yield Arm(seed, kind)
 
 
@@ -183,7 +191,7 @@ def fast_host() -> Host:
 
 def beginning(host: Host, folder: Path) -> Start:
     student = distilled(host, BEGINNING, run_dir=folder)
-    return start_of(load_adapter(student.path), RECIPE.adapter, "a student of DMD's convention")
+    return start_of(load_adapter(student.path), SHORT.adapter, "a student of DMD's convention")
 
 
 def distilled(host: Host, config: DistilConfig, **more: Any) -> DistilResult:
@@ -209,18 +217,19 @@ def judge_of(out: Path) -> Judge:
     return judge
 
 
-def measure(out: Path, arm: Arm) -> dict[str, list[dict[str, float]]]:
+def measure(out: Path, recipe: DistilConfig, arm: Arm) -> dict[str, list[dict[str, float]]]:
     """Scores over iterations; in the end, with the negative prompt by the scale of NASA."""
     judge, kind = judge_of(out), KINDS[arm.kind]
     host, curve, negative = judge.host, [], []
     texts = [prompt.text for prompt in judge.prompts]
-    level = log_snr_at(host.denoiser.clock, torch.tensor([RECIPE.time]))
+    level = log_snr_at(host.denoiser.clock, torch.tensor([recipe.time]))
     config = dataclasses.replace(
-        RECIPE,
+        recipe,
         seed=arm.seed,
         guidance_low=kind.low,
         guidance_high=kind.high,
         negative_prompts=kind.negative,
+        ema_decay=kind.average,
     )
     began = time.monotonic()
 
@@ -240,10 +249,10 @@ def references(out: Path) -> list[str]:
     """What the scores of a run lie between."""
     judge = judge_of(out)
     host, texts = judge.host, [prompt.text for prompt in judge.prompts]
-    level = log_snr_at(host.denoiser.clock, torch.tensor([RECIPE.time]))
+    level = log_snr_at(host.denoiser.clock, torch.tensor([SHORT.time]))
     found = {"the teacher without guidance, another noise": load_file(out / "teacher.safetensors")["unguided again"]}
     found["the model in one step"] = draw(host, texts, seed=1, one_step=level)
-    with attached(host.denoiser.module, RECIPE.adapter, family=host.denoiser.family, seed=0) as adapter:
+    with attached(host.denoiser.module, SHORT.adapter, family=host.denoiser.family, seed=0) as adapter:
         adapter.load_state_dict(judge.start.joined(adapter.state_dict()))
         found["the student that all begin with"] = draw(host, texts, seed=1, one_step=level)
     scores = {name: judge.scores(pictures.float()) for name, pictures in found.items()}
@@ -274,6 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--recipe", choices=RECIPES, default="short", help="each in a folder of its own")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which arms")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--references", action="store_true", help="only the teacher's scores, and those at the start")
@@ -285,7 +296,8 @@ def main() -> None:
     if not options.report:
         options.out.mkdir(parents=True, exist_ok=True)
         judge_of(options.out)  # once, not in each process
-        run(options.out, list(arms(options.seeds)), functools.partial(measure, options.out), options.workers)
+        work = functools.partial(measure, options.out, RECIPES[options.recipe])
+        run(options.out, list(arms(options.seeds, options.kinds)), work, options.workers)
     rows = read(options.out)
     print(report(rows))
     if options.figure:

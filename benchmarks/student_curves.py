@@ -82,6 +82,25 @@ def in_pairs(rows: Rows, measure: Any, names: Sequence[str]) -> list[list[str]]:
     return lines
 
 
+def in_step(rows: Rows, names: Sequence[str]) -> list[list[str]]:
+    """How curves go with those of random scales for both, by seeds that are the same or others: correlations."""
+    base, lines = of_kind(rows, BASE), []
+    for kind in kinds_of(rows):
+        pairs = [(a, b) for a in of_kind(rows, kind).items() for b in base.items() if a[1] is not b[1]]
+        for same in (True, False):
+            mine = [(one, other) for (i, one), (j, other) in pairs if (i == j) == same]
+            if mine:
+                cells = [shown([found for a, b in mine for found in _correlation(a, b, name)]) for name in names]
+                lines.append([kind, "the same" if same else "another", *cells])
+    return lines
+
+
+def _correlation(a: dict[str, Any], b: dict[str, Any], name: str) -> list[float]:
+    """None where one of both never changes."""
+    curves = curve(a, name), curve(b, name)
+    return [statistics.correlation(*curves)] if all(len(set(values)) > 1 for values in curves) else []
+
+
 def report(rows: Rows) -> str:
     seeds = sorted({row["arm"]["seed"] for row in rows})
     lines = [f"{len(rows)} runs, seeds {seeds}; mean and half the 95 % interval over seeds"]
@@ -92,6 +111,8 @@ def report(rows: Rows) -> str:
     ):
         lines += ["", title, "", *table(("scales", *names), by_kind(rows, measure, names))]
         lines += ["", f"less {BASE}, seed by seed", "", *table(("scales", *names), in_pairs(rows, measure, names))]
+    lines += ["", f"correlation of whole curves with those of {BASE}", ""]
+    lines += table(("scales", "seed", *RESTLESS), in_step(rows, RESTLESS))
     lines += ["", "negative prompt in the student's attention", ""]
     return "\n".join([*lines, *table(("student", "NASA", *NEGATIVE_SCORES), negatives(rows))])
 
