@@ -167,7 +167,7 @@ def test_a_run_begins_with_another_adapter(embedded, dataset, folders):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="is a lora adapter, and this run trains lokr"):
         run(embedded, dataset, **short, method="lokr")
-    with pytest.raises(IncompatibleCheckpoint, match="the adapter to begin with is another"):
+    with pytest.raises(IncompatibleCheckpoint, match="the adapter or model to begin with is another"):
         run(embedded, dataset, **{**short, "init_lora": larger, "steps": 2}, rank=6, resume="continue")
 
 

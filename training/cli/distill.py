@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..data.lines import Lines
     from ..data.prompts import Encode, Prompts
     from ..denoiser import TimedDenoiser
+    from ..formats.starting import Start, WholeStart
     from ..hosts.host import Host
     from ..loops.distil import DistilResult
     from ..loops.events import Event
@@ -92,6 +93,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
     from ..sharding import Twofold
 
     processes = launch.processes
+    _require_one_beginning(job, options)
     with processes.together():
         lines = stated_prompts(job, folder)
     dtype, device = getattr(torch, options.precision), launch.device_of(job.device)
@@ -100,7 +102,7 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
         host = load_host(job.model, device, dtype, components=job.components, place=twofold or launch.place)
     with processes.together():
         worn = worn_of(job.teacher_adapter, host)
-        start = start_at(job.init_adapter, host, options.adapter)
+        start = _start_of(job, host, options)
         require_called_alike(start, cast("TimedDenoiser", host.denoiser), options)
         job = replace(job, style_phrase=job.style_phrase or phrase_of(worn))
         prompts = prompts_of(job, host, lines)
@@ -142,6 +144,28 @@ def _distil(job: DistilJob, options: DistilConfig, folder: Path, update: Update,
             likeness=likeness,
             processes=processes,
             frozen=twofold.frozen if twofold else None,
+        )
+
+
+def _start_of(job: DistilJob, host: "Host", options: DistilConfig) -> "Start | WholeStart | None":
+    """What the student begins with, where it is not the teacher."""
+    if job.init_model is None:
+        return start_at(job.init_adapter, host, options.adapter)
+    from ..hosts.whole import whole_start
+
+    return whole_start(job.init_model, job.components, host.denoiser)
+
+
+def _require_one_beginning(job: DistilJob, options: DistilConfig) -> None:
+    """ValueError for two, and for one that a student without weights of its own cannot have."""
+    if job.init_model is None:
+        return
+    if job.init_adapter is not None:
+        raise ValueError("Got --init-adapter and --init-model: a student begins with one of them")
+    if not options.full:
+        raise ValueError(
+            "Got --init-model, all weights of a student, which is an adapter on its teacher without --full: state "
+            "--full, too, or begin with an adapter by --init-adapter"
         )
 
 

@@ -18,6 +18,7 @@ class DistilJob:
     style_phrase: str = ""
     teacher_adapter: str | None = None
     init_adapter: str | None = None
+    init_model: str | None = None
     clip: str | None = None
     decoder: str | None = None
     resolution: int | None = None
@@ -33,6 +34,7 @@ JOB = {
     "style_phrase": 'Prompts become "{prompt} in {style phrase} style". (default: the teacher adapter\'s)',
     "teacher_adapter": "An adapter of the teacher's, such as a style, which the student's own file then has, too.",
     "init_adapter": "A student to begin with. (default: the teacher)",
+    "init_model": "With --full: a model of the same kind to begin with, such as SD-Turbo for SD2.1, or a full student.",
     "clip": "For --clip-weight: the folder of a CLIP as transformers saves it. (default: the embedded model's own)",
     "decoder": "For the same: the folder of an AutoencoderTiny of diffusers. (default: the model's autoencoder)",
     "resolution": "Side in pixels of the student's square pictures. (default: the model's own)",

@@ -66,6 +66,23 @@ class Start:
         return joined
 
 
+@dataclass(frozen=True)
+class WholeStart:
+    """All weights of a network, for a student to begin with that learns all of its own."""
+
+    name: str  # of the file or the model
+    state: Mapping[str, Tensor]  # by the network's names
+    one_step: Mapping[str, Any] = field(default_factory=dict)  # of a student, how it is called; {} = none
+
+    @property
+    def digest(self) -> str:
+        """Tells one from another by the sum of each tensor: 12 hexadecimal digits."""
+        found = sha256()
+        for name, tensor in sorted(self.state.items()):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
+        return found.hexdigest()[:12]
+
+
 def start_of(loaded: LoadedAdapter, config: AdapterConfig, name: str) -> Start:
     """An adapter as a run of ``config`` has it: the same effect, exactly unless its rank has to be lowered.
 

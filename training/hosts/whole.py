@@ -11,8 +11,11 @@ from ..adapters.targets import exactly
 from ..adapters.whole import merge_into
 from ..denoiser import Denoiser
 from ..formats.adapters import LoadedAdapter
-from ..formats.metadata import AdapterMetadata
+from ..formats.contents import read_about
+from ..formats.metadata import FULL, AdapterMetadata
+from ..formats.starting import WholeStart
 from ..formats.whole import load_whole
+from .loading import load_host
 
 
 @contextmanager
@@ -36,6 +39,26 @@ def with_weights(denoiser: Denoiser, path: Path, about: AdapterMetadata) -> Iter
     finally:
         for name, parameter in own.items():
             parameter.data = before[name]
+
+
+def whole_start(model: str, components: str | None, denoiser: Denoiser) -> WholeStart:
+    """All weights of another model of the network's kind, or of a student's file, for a student to begin with.
+
+    ``components``: of a model that is one file. ValueError for one of another kind.
+    """
+    path = Path(model).expanduser()
+    about = read_about(path) if path.suffix == ".safetensors" and path.is_file() else None
+    if about is not None and about.method == FULL:
+        kind, state, one_step = (about.family, about.process, about.prediction), load_whole(path), about.one_step
+    else:
+        other = load_host(model, components=components if path.is_file() else None).denoiser
+        kind, state, one_step = (other.family, other.process, other.prediction), other.module.state_dict(), {}
+    if kind != (own := (denoiser.family, denoiser.process, denoiser.prediction)):
+        raise ValueError(
+            f"{model} is of the kind {', '.join(kind)}, and the teacher of {', '.join(own)}: a student begins with a "
+            "model that is built and predicts as its teacher"
+        )
+    return WholeStart(path.name, state, one_step)
 
 
 def merged_weights(denoiser: Denoiser, loaded: LoadedAdapter, name: str) -> dict[str, Tensor]:

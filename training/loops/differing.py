@@ -7,11 +7,11 @@ from typing import Any
 OF_INPUTS = {
     "data.fingerprint": "the pictures, captions or masks are others",
     "prompts": "the prompts are others: their lines, the order of these, or the style phrase",
-    "start": "the adapter to begin with is another",
+    "start": "the adapter or model to begin with is another",
     "teacher": "the teacher's adapter is another",
 }
 # The same where one of both has none.
-GIVEN = {"start": "an adapter to begin with is given", "teacher": "an adapter of the teacher is given"}
+GIVEN = {"start": "an adapter or model to begin with is given", "teacher": "an adapter of the teacher is given"}
 
 
 def in_words(name: str, was: Any, now: Any) -> str:

@@ -21,7 +21,7 @@ from ..data.prompts import Encode, Prompts
 from ..denoiser import Conditioning, TimedDenoiser
 from ..formats.keys import UNET_LAYERS
 from ..formats.parts import require_writing_parts
-from ..formats.starting import Start
+from ..formats.starting import Start, WholeStart
 from ..processes import ALONE, Processes
 from .checkpoint import RunDirectory, opened_by_one
 from .distil_config import DistilConfig
@@ -73,7 +73,7 @@ def distil(
     resolution: int | None = None,  # side in pixels of a square of the same area, for the student's file
     identity: Mapping[str, Any] | None = None,  # what a run is recognised by besides its options and prompts
     saving: Saving | None = None,  # what is done to save memory; None = as the configuration says
-    start: Start | None = None,  # a student to begin with; None = the teacher
+    start: Start | WholeStart | None = None,  # a student to begin with; None = the teacher
     worn: Worn | None = None,  # an adapter of the teacher's, such as a style; the student's file then has it, too
     likeness: Likeness | None = None,  # of pictures and prompts, which config.clip_weight counts
     schedule: Schedule | None = None,  # that the teacher is sampled by, for pairs; None = evenly spaced times
@@ -87,6 +87,8 @@ def distil(
     and saves before it does, as :func:`.train.train`.
     """
     require_alike(to_table(config), processes)
+    if isinstance(start, WholeStart) and not config.full:
+        raise ValueError(f"Got all weights of {start.name} to begin with: a student that is an adapter has others.")
     _refuse_what_cannot_work(config, likeness, in_parts=processes.sharded, copied=frozen is not None)
     require_called_alike(start, denoiser, config)
     device, share = torch.device(device), share_of(config, processes)

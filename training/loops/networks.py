@@ -21,7 +21,7 @@ from ..adapters.whole import Whole, merge_into, trained_whole
 from ..attention_guidance import AttentionGuidance
 from ..denoiser import Conditioning, Denoiser, TimedDenoiser
 from ..formats.adapters import LoadedAdapter
-from ..formats.starting import Start, start_of
+from ..formats.starting import Start, WholeStart, start_of
 from .distil_config import DistilConfig
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def in_three_roles(
     config: DistilConfig,
     *,
     worn: Worn | None,
-    start: Start | None,  # of the student; None = it begins as the teacher
+    start: Start | WholeStart | None,  # of the student; None = it begins as the teacher
     against: Against | None,
     device: torch.device,
     frozen: nn.Module | None = None,  # a copy of the network, where all weights are trained and it is made already
@@ -91,7 +91,8 @@ def in_three_roles(
     ValueError for a worn adapter that student and fake cannot begin with.
     """
     judge, whole, family = denoiser, None, denoiser.family
-    configs, starts = {STUDENT: config.adapter, FAKE: config.fake}, {STUDENT: start}
+    configs = {STUDENT: config.adapter, FAKE: config.fake}
+    starts: dict[str, Start | None] = {STUDENT: None if isinstance(start, WholeStart) else start}
     if worn is not None:
         starts = {role: starts.get(role) or worn.start(each) for role, each in configs.items()}
         configs[TEACHER] = worn.config
@@ -100,7 +101,7 @@ def in_three_roles(
             whole, copied = stack.enter_context(trained_whole(denoiser.module, frozen))
             judge = copy.copy(denoiser)
             judge.module = copied
-            _begin_whole(denoiser.module, worn, start, config, family)
+            _begin_whole(denoiser.module, whole, worn, start, config, family)
             del configs[STUDENT]
             starts.pop(STUDENT)
         adapters = stack.enter_context(
@@ -124,9 +125,22 @@ def in_three_roles(
         )
 
 
-def _begin_whole(module: nn.Module, worn: Worn | None, start: Start | None, config: DistilConfig, family: str) -> None:
+def _begin_whole(
+    module: nn.Module,
+    whole: Whole,
+    worn: Worn | None,
+    start: Start | WholeStart | None,
+    config: DistilConfig,
+    family: str,
+) -> None:
     """Gives a student of its own weights what it begins with."""
-    if start is not None:
+    if isinstance(start, WholeStart):
+        try:
+            whole.load_state_dict({name: start.state[name] for name in whole.tensors if name in start.state})
+        except ValueError as error:
+            raise ValueError(f"{start.name} is no model of this one's architecture: {error}") from error
+        logger.info("the student begins with the weights of %s", start.name)
+    elif start is not None:
         with attached(module, config.adapter, family=family, seed=config.seed) as fresh:
             state = start.joined(fresh.state_dict())
         merge_into(module, state, config.adapter, family, start.name)

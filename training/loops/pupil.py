@@ -9,7 +9,7 @@ from ..adapters.whole import Whole
 from ..data.prompts import Prompts
 from ..denoiser import TimedDenoiser
 from ..formats.metadata import FULL, AdapterMetadata
-from ..formats.starting import Start
+from ..formats.starting import Start, WholeStart
 from ..one_step_presets import one_step_of, told_apart
 from .distil_config import DistilConfig
 from .likeness import Likeness
@@ -26,7 +26,11 @@ def subject_of_student(networks: Networks, identity: Mapping[str, Any], about: A
 
 
 def identity_of_run(
-    denoiser: TimedDenoiser, prompts: Prompts, start: Start | None, worn: Worn | None, likeness: Likeness | None
+    denoiser: TimedDenoiser,
+    prompts: Prompts,
+    start: Start | WholeStart | None,
+    worn: Worn | None,
+    likeness: Likeness | None,
 ) -> dict[str, Any]:
     """What tells a run from another with the same options."""
     found: dict[str, Any] = {"model": kind_of(denoiser), "prompts": prompts.fingerprint()}
@@ -55,7 +59,7 @@ def about_student(denoiser: TimedDenoiser, config: DistilConfig) -> AdapterMetad
     )
 
 
-def require_called_alike(start: Start | None, denoiser: TimedDenoiser, config: DistilConfig) -> None:
+def require_called_alike(start: Start | WholeStart | None, denoiser: TimedDenoiser, config: DistilConfig) -> None:
     """ValueError for a student to begin with that is called at another time, at which it alone draws."""
     if start is None or not start.one_step:
         return
@@ -68,6 +72,6 @@ def require_called_alike(start: Start | None, denoiser: TimedDenoiser, config: D
         )
 
 
-def begun_with(about: AdapterMetadata, prompts: Prompts, begun: Start | Worn | None) -> AdapterMetadata:
+def begun_with(about: AdapterMetadata, prompts: Prompts, begun: Start | WholeStart | Worn | None) -> AdapterMetadata:
     """With the style of the prompts, and what the student began with."""
     return replace(about, style_phrase=prompts.style_phrase, started_from=begun.name if begun else "")

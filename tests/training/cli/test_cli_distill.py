@@ -101,12 +101,15 @@ def test_what_is_known_by_a_hash_alone_is_said_in_words(workplace, capsys):
     student = printed(capsys, *SMALL, "--steps", "1")["student"]
     assert "the prompts are others" in refused(capsys, *SMALL, "--steps", "1", "--prompt", "a star")
     said = refused(capsys, *SMALL, "--steps", "1", "--init-adapter", student)
-    assert "an adapter to begin with is given now, and there was none. Continue it with what it began with" in said
+    assert (
+        "an adapter or model to begin with is given now, and there was none. Continue it with what it began with"
+        in said
+    )
     printed(capsys, *SMALL, "--steps", "1", "--init-adapter", student, "--out", "second")
     assert "is given no more, and there was one" in refused(capsys, *SMALL, "--steps", "1", "--out", "second")
     other = printed(capsys, *SMALL, "--steps", "1", "--seed", "1", "--ema-decay", "0", "--out", "other")["student"]
     again = [*SMALL, "--steps", "1", "--init-adapter", other, "--out", "second"]
-    assert "the adapter to begin with is another" in refused(capsys, *again)
+    assert "the adapter or model to begin with is another" in refused(capsys, *again)
 
 
 def test_a_student_without_its_checkpoint_is_never_written_over(workplace, capsys):
@@ -196,6 +199,14 @@ def test_all_weights_learn_and_are_drawn_with(workplace, capsys):
     drawing = ["generate", "--prompt", "star", "--size", "32x32", "--adapter", result["student"]]
     assert len(printed(capsys, *drawing)["pictures"]) == 1
     assert "never guided" in refused(capsys, *drawing, "--guidance", "3")
+    again = [*whole, "--steps", "1", "--init-model", result["student"], "--out", "again"]
+    assert "without --full" in refused(capsys, *again)
+    assert "begins with one of them" in refused(capsys, *again, "--full", "--init-adapter", "it.safetensors")
+    assert not (workplace / "again").exists()
+    second = printed(capsys, *again, "--full", "--learning-rate", "1e-9", "--ema-decay", "0")
+    begun, found = (load_file(each["student"]) for each in (result, second))
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in begun.items())
+    assert "is of the kind" not in refused(capsys, *again, "--full", "--time", "0.4", "--out", "other")
 
 
 def test_a_model_is_placed_twice_where_all_weights_of_its_parts_learn(workplace):

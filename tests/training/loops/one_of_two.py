@@ -25,7 +25,7 @@ from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.clocks import FlowClock
 from stylewright.training.data.dataset import Dataset
 from stylewright.training.data.prompts import Prompts
-from stylewright.training.formats.starting import Start
+from stylewright.training.formats.starting import Start, WholeStart
 from stylewright.training.formats.state import save_state
 from stylewright.training.loops import iteration
 from stylewright.training.loops import train as loop
@@ -128,6 +128,11 @@ def start():
         for name, tensor in adapter.state_dict().items():
             state[name] = torch.randn(tensor.shape, generator=generator(0, name)) / 4
     return Start("start.safetensors", state, tuple(adapter.names), "begins")
+
+
+def another():
+    """All weights of another network, for the same."""
+    return WholeStart("another", TOYS.ToyDenoiser(seed=3).module.state_dict())
 
 
 def distilled(processes, folder, batch_size=4, accumulation=1, check=None, on=None, frozen=None, start=None, **changes):
@@ -243,7 +248,8 @@ def everything(processes, folder):
         rates = {"optimizer": optimizer, "ema_decay": 0.0, "learning_rate": 1.0, "fake_learning_rate": 1.0}
         call = partial(distilled, parts, folder / optimizer, full=True, **rates, **in_parts_twice())
         told[optimizer] = refused(call) if optimizer == "prodigy" else call()["losses"]
-    state["whole begun"] = distilled(parts, None, **WHOLE, start=start(), **in_parts_twice())
+    state["whole start"] = distilled(parts, None, **WHOLE, start=start(), **in_parts_twice())
+    state["whole another"] = distilled(parts, None, **WHOLE, start=another(), **in_parts_twice())
     stopping = {"check": at_call(2, KeyboardInterrupt())} if rank else {}
     told["whole"] = refused(distilled, parts, folder / "whole", **WHOLE, **in_parts_twice(), **stopping)
     told["part"] = sum(each.stat().st_size for each in (folder / "whole").glob("parts-*/*"))

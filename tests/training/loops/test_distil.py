@@ -178,7 +178,7 @@ def test_a_student_to_begin_with_is_where_the_run_begins(tmp_path):
     early = Start("early", learned, layers, "", {"level": 0.4, "unit": "sigma", "prediction": "flow", "start": "unit"})
     with pytest.raises(ValueError, match=r"level is 0\.4"):
         run(start=early)
-    with pytest.raises(IncompatibleCheckpoint, match="an adapter to begin with is given"):
+    with pytest.raises(IncompatibleCheckpoint, match="an adapter or model to begin with is given"):
         run(tmp_path, steps=1, learning_rate=1e-9, ema_decay=0.0)
 
 

@@ -161,10 +161,11 @@ def test_a_student_of_all_weights_in_parts_is_that_of_one_process(work, states, 
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_a_student_in_parts_begins_with_another(work, states):
-    """Which is merged into weights that no process has whole."""
-    alone = work.distilled(ALONE, None, **work.WHOLE, start=work.start())
-    begun = states[0]["whole begun"]
+@pytest.mark.parametrize("name", ["start", "another"])
+def test_a_student_in_parts_begins_with_another(work, states, name):
+    """An adapter, which is merged into weights that no process has whole, or other weights."""
+    alone = work.distilled(ALONE, None, **work.WHOLE, start=getattr(work, name)())
+    begun = states[0][f"whole {name}"]
     for one, ours in zip(alone["gradients"], begun["gradients"], strict=True):
         assert (ours - one).norm() <= 1e-5 * one.norm()
     as_the_teacher = states[0]["whole cut"]["gradients"][1]

@@ -10,6 +10,7 @@ from stylewright.training.data.prompts import Prompts
 from stylewright.training.errors import IncompatibleCheckpoint
 from stylewright.training.formats.adapters import LoadedAdapter, load_adapter
 from stylewright.training.formats.contents import read_about
+from stylewright.training.formats.starting import WholeStart
 from stylewright.training.formats.whole import is_whole, load_whole
 from stylewright.training.loops.networks import Worn, in_three_roles
 
@@ -183,3 +184,44 @@ def test_a_whole_student_is_drawn_with_while_it_learns():
 
     run(on=model, full=True, learning_rate=1e-2, steps=4, sample_every=2, sample=sample)
     assert len(drawn) == 2 and not torch.equal(*drawn) and not torch.equal(drawn[0], model(X, LEVEL, TOLD))
+
+
+def another(shift):
+    """A model of other weights."""
+    model = Timed()
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter += shift
+    return model
+
+
+def test_a_whole_student_begins_with_another_models_weights(tmp_path):
+    """The frozen networks stay the teacher's."""
+    other, model = another(0.1).module.state_dict(), Timed()
+    begun = WholeStart("other", other)
+    config = config_of(full=True)
+    with (
+        in_three_roles(model, config, worn=None, start=begun, against=None, device=torch.device("cpu")) as networks,
+        torch.no_grad(),
+    ):
+        with networks.acting_as(networks.student) as acting:
+            found = acting(X, LEVEL, TOLD)
+        with networks.acting_as(networks.teacher) as acting:
+            assert torch.equal(acting(X, LEVEL, TOLD), Timed()(X, LEVEL, TOLD))
+    assert torch.equal(found, another(0.1)(X, LEVEL, TOLD))
+    assert torch.equal(model(X, LEVEL, TOLD), Timed()(X, LEVEL, TOLD))
+    result = run_full(tmp_path, start=begun, steps=1, learning_rate=1e-12, ema_decay=0.0)
+    assert all(torch.allclose(tensor, other[name]) for name, tensor in result.adapter_state.items())
+    assert read_about(result.path).started_from == "other"
+    with pytest.raises(IncompatibleCheckpoint, match="the adapter or model to begin with is another"):
+        run_full(tmp_path, start=WholeStart("other", another(0.2).module.state_dict()), steps=2, ema_decay=0.0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_weights_that_no_student_can_begin_with_are_refused(full):
+    """Of another architecture, and without weights of its own."""
+    lacking = WholeStart(
+        "other", {name: value for name, value in Timed().module.state_dict().items() if "bias" in name}
+    )
+    with pytest.raises(ValueError, match="other is no model of this one" if full else "all weights of other"):
+        run(None, full=full, start=lacking)
