@@ -2,6 +2,9 @@
 
 Time exists only here and in the hosts, at the edge: flow models read a time in [0, 1] or [0, 1000], VP models an index
 into their table of betas, EDM models log(sigma) / 4. Every clock turns the same way: large log_snr is clean.
+
+A level is written down in one of three units: ``sigma`` of a flow between data and noise of unit variance, ``time`` as
+an index into a table, and ``log_snr``, which is free of what a model calls its times.
 """
 
 import math
@@ -11,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .noise import log_snr_of_time, shift_log_snr, time_of_log_snr, wide
+from .noise import log_snr_of_time, shift_log_snr, time_of_log_snr, timestep_shift, wide
 
 # Flow times 1e-4 from either end: N(-6, 3^2) has 2e-5 of its mass beyond, N(-6, 2^2) next to nothing.
 FLOW_RANGE = (-18.42, 18.42)
+SIGMA, TIME, LOG_SNR = "sigma", "time", "log_snr"
 # Stands for -inf where a table ends at zero SNR; the last index before it is near -15.
 LOWEST_LOG_SNR = -20.0
 
@@ -30,6 +34,11 @@ class Clock(Protocol):
     @property
     def ends(self) -> tuple[float, float]:
         """The times of data and of noise."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What its levels are written down in, so that nobody who reads them takes them for others."""
         ...
 
     def time_of(self, log_snr: Tensor) -> Tensor: ...
@@ -48,20 +57,29 @@ def log_snr_at(clock: Clock, share: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowClock:
-    """Flow models: time = scale * t with t in [0, 1], 1 = noise. SD3's time has scale 1000, FLUX's 1."""
+    """Flow models: x = (1 - t) x0 + spread * t * eps, time = scale * t with t in [0, 1], 1 = noise.
+
+    SD3's time has scale 1000, FLUX's 1. HiDream-O1's noise has a ``spread`` of 8: what a flow of unit noise is at a
+    timestep shift of 8. Cosmos-Predict2 is one of unit noise, t = sigma / (1 + sigma), that stops before its ends
+    (sigma from 0.002 to 80; diffusers, pipeline_cosmos2_text2image.py).
+    """
 
     scale: float = 1.0
     log_snr_range: tuple[float, float] = FLOW_RANGE
+    spread: float = 1.0
+    within: tuple[float, float] = (0.0, 1.0)  # t of data and of noise
+    unit: str = SIGMA
 
     @property
     def ends(self) -> tuple[float, float]:
-        return 0.0, self.scale
+        data, noise = self.within
+        return self.scale * data, self.scale * noise
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        return self.scale * time_of_log_snr(log_snr)
+        return self.scale * time_of_log_snr(log_snr - timestep_shift(self.spread))
 
     def log_snr_of(self, time: Tensor) -> Tensor:
-        return log_snr_of_time(wide(time) / self.scale)
+        return log_snr_of_time(wide(time) / self.scale) + timestep_shift(self.spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +91,7 @@ class DiscreteClock:
     """
 
     alphas_cumprod: Tensor
+    unit: str = TIME
 
     def __post_init__(self):
         alphas = self.alphas_cumprod
@@ -105,24 +124,53 @@ class DiscreteClock:
 
 @dataclass(frozen=True)
 class EDMClock:
-    """EDM models (arXiv 2206.00364, Table 1): time = c_noise = log(sigma) / 4 with alpha = 1."""
+    """EDM models (arXiv 2206.00364, Table 1): time = c_noise = log(sigma) / 4 with alpha = 1.
+
+    Their data have a spread of ``sigma_data``, beside which sigma is noise: 0.5 of Playground 2.5 (arXiv 2402.17245)
+    and Cosmos (arXiv 2501.03575). Pure noise is never reached: at sigma 80 their log_snr is -10.15.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    sigma_data: float = 1.0
+    unit: str = LOG_SNR
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        return -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
+        low, high = (2 * math.log(self.sigma_data / sigma) for sigma in (self.sigma_max, self.sigma_min))
+        return low, high
 
     @property
     def ends(self) -> tuple[float, float]:
         return math.log(self.sigma_min) / 4, math.log(self.sigma_max) / 4
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        return -wide(log_snr) / 8
+        return math.log(self.sigma_data) / 4 - wide(log_snr) / 8
 
     def log_snr_of(self, time: Tensor) -> Tensor:
-        return -8 * wide(time)
+        return 2 * math.log(self.sigma_data) - 8 * wide(time)
+
+
+@dataclass(frozen=True)
+class AngleClock:
+    """VP models in continuous time: alpha = cos(time pi / 2), sigma = sin(time pi / 2).
+
+    The angle of progressive distillation (arXiv 2202.00512, appendix D), 1 = noise; k-diffusion's VDenoiser.
+    """
+
+    log_snr_range: tuple[float, float]
+    unit: str = LOG_SNR
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        noise, data = self.time_of(torch.tensor(self.log_snr_range, dtype=torch.float64)).tolist()
+        return data, noise
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-wide(log_snr) / 2).atan() * (2 / math.pi)
+
+    def log_snr_of(self, time: Tensor) -> Tensor:
+        return -2 * (wide(time) * (math.pi / 2)).tan().log()
 
 
 def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

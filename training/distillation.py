@@ -12,6 +12,9 @@ which is sigma^2 times the difference of what a network predicts, prediction = a
     eps    alpha sigma (x0_fake - x0_real) = sigma^2 (eps_real - eps_fake), the weight of SwiftBrush's code
     flow         sigma (x0_fake - x0_real) = sigma^2 (flow_real - flow_fake)
 
+alpha and sigma are those of data and noise of unit variance, and of the share that log_snr says, whatever the model
+multiplies them by: of HiDream-O1's own t, with noise of a spread of 8, sigma is 8 t / (1 + 7 t).
+
 Two conventions of guidance, which must not be mixed:
 
 ``pg-sb``  one scale for both networks (SwiftBrush; drawn anew each iteration in PG-SB, arXiv 2412.02687). Where the

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clocks import Clock, log_snr_at
-from .noise import time_of_log_snr
+from .clocks import LOG_SNR, SIGMA, TIME, Clock, log_snr_at
+from .noise import log_snr_of_time, time_of_log_snr
 from .one_step import ANCESTRAL, FRESH, IMPLIED, SCALED, UNIT
 
 TIMES = 1000  # of every teacher here
@@ -68,19 +68,35 @@ class OneStepPreset:
     between: str = FRESH
     start: str = UNIT
     source: str = ""
+    stated_in: str = ""  # the unit of its levels; "" = sigma of what predicts a flow, else time
 
     @property
     def unit(self) -> str:
         """Of its levels."""
-        return "sigma" if self.prediction == "flow" else "time"
+        return self.stated_in or (SIGMA if self.prediction == "flow" else TIME)
 
 
 def one_step_of(clock: Clock, prediction: str, share: float) -> dict[str, Any]:
     """How a student is called, as its file says it: at this share of its teacher's way from data to noise."""
-    log_snr = log_snr_at(clock, torch.tensor([share]))
-    flow = prediction == "flow"
-    level = time_of_log_snr(log_snr) if flow else clock.time_of(log_snr)
-    return {"level": _shortest(level), "unit": "sigma" if flow else "time", "prediction": prediction, "start": UNIT}
+    return {**_stated(clock, log_snr_at(clock, torch.tensor([share]))), "prediction": prediction, "start": UNIT}
+
+
+def _stated(clock: Clock, log_snr: Tensor) -> dict[str, Any]:
+    """A level, log_snr (1,), in the clock's unit. Pure noise has no number in log_snr, and is sigma 1 of every flow."""
+    unit = SIGMA if bool(log_snr.isneginf()) else clock.unit
+    written = {SIGMA: time_of_log_snr, TIME: clock.time_of, LOG_SNR: torch.clone}
+    return {"level": _shortest(written[unit](log_snr)), "unit": unit}
+
+
+def log_snr_of_call(one_step: Mapping[str, Any], clock: Clock) -> Tensor:
+    """log_snr (1,) at which a student is called, as :func:`one_step_of` said it. ``clock`` is its teacher's."""
+    read = {SIGMA: log_snr_of_time, TIME: clock.log_snr_of, LOG_SNR: torch.clone}
+    return read[one_step["unit"]](torch.tensor([float(one_step["level"])]))
+
+
+def restated(one_step: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    """The same call, in the clock's unit: an older file says of EDM models a time."""
+    return {**one_step, **_stated(clock, log_snr_of_call(one_step, clock))}
 
 
 def told_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -110,7 +126,7 @@ def student_preset(family: str, side: int, one_step: Mapping[str, Any]) -> OneSt
     """What :func:`one_step_of` said, as a preset."""
     return OneStepPreset(
         (family,), one_step["prediction"], only(one_step["level"]), (1,), side, start=one_step["start"],
-        source="the file of the student",
+        source="the file of the student", stated_in=one_step["unit"],
     )  # fmt: skip
 
 

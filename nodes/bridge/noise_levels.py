@@ -10,9 +10,13 @@ of three ways, and where its latents or its noise have another spread, that is t
           Cosmos) EDM's output (arXiv 2206.00364, Eq. 7) is -v: F = sigma * x0 - alpha * eps. Cosmos-Predict2 divides by
           1 + sigma instead, and is a flow in t = sigma / (1 + sigma).
 ``vp``    x = alpha * x0 + sqrt(1 - alpha^2) * noise with sigma = sqrt(1 - alpha^2) / alpha: CogVideoX.
+
+Unit noise z in our coordinates, from which one-step students draw, is in ComfyUI's x: z of flows, but (1 + 7 sigma) z
+of HiDream-O1; sqrt(sigma_data^2 + sigma^2) z of ``ve``, but (1 + sigma) z of Cosmos-Predict2; z of ``vp``.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +24,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...training.clocks import Clock, DiscreteClock, EDMClock, FlowClock
-from ...training.noise import alpha_sigma, expand, log_snr_of_time, timestep_shift
+from ...training.clocks import FLOW_RANGE, LOG_SNR, TIME, AngleClock, Clock, DiscreteClock, EDMClock, FlowClock
+from ...training.noise import alpha_sigma, expand, log_snr_of_time, shift_log_snr, timestep_shift
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,54 @@ def levels_of(sampling: Any) -> NoiseLevels:
 
 
 def clock_of(sampling: Any) -> Clock:
-    """The model's own time, as diffusers' hosts count it: a flow's without its shift. ValueError where it has none."""
+    """The model's own time: a flow's as diffusers' hosts count it, without its shift; else what the network is told.
+
+    ValueError where that is none that we know, as of samplings that other node packs make.
+    """
     levels, kinds = levels_of(sampling), [kind.__name__ for kind in type(sampling).__mro__]
-    if levels.kind.counted == "flow" and levels.noise_scale == 1:
+    if levels.kind.counted == "flow":
+        return flow_clock(levels)
+    clock = next((make for kind, make in CLOCKS.items() if kind in kinds), None)
+    if clock is None:
+        raise ValueError(
+            f"this model's times ({', '.join(kinds[:3])}) are none that we know, and a student has to be called at "
+            f"one: expected a flow, or one of {', '.join(CLOCKS)}"
+        )
+    return clock(sampling, levels)
+
+
+def flow_clock(levels: NoiseLevels) -> FlowClock:
+    """What ComfyUI calls sigma; where its noise is louder than the data, that is not the level that others mean."""
+    if levels.noise_scale == 1:
         return FlowClock()
-    if "ModelSamplingDiscrete" in kinds:
-        return DiscreteClock(1 / (1 + (sampling.sigmas.double().cpu() / levels.data_scale).square()))
-    if "ModelSamplingContinuousEDM" in kinds and levels.data_scale == 1 and levels.kind.process == "vp":
-        return EDMClock(float(sampling.sigma_min), float(sampling.sigma_max))
-    raise ValueError(
-        f"this model counts its noise in a way ({kinds[0]}) that a student's file cannot state: distillation is for "
-        "flows such as FLUX, SD3 and Qwen-Image, and for models with a table of noise levels such as SD1.5 and SDXL"
-    )
+    low, high = (shift_log_snr(end, levels.noise_scale) for end in FLOW_RANGE)
+    return FlowClock(log_snr_range=(low, high), spread=levels.noise_scale, unit=LOG_SNR)
+
+
+def cosmos_clock(sampling: Any, levels: NoiseLevels) -> FlowClock:
+    data, noise = (float(sigma) / (1 + float(sigma)) for sigma in (sampling.sigma_min, sampling.sigma_max))
+    return FlowClock(log_snr_range=levels.log_snr_range, within=(data, noise), unit=LOG_SNR)
+
+
+def angle_clock(sampling: Any, levels: NoiseLevels) -> AngleClock:
+    return AngleClock(levels.log_snr_range)
+
+
+def edm_clock(sampling: Any, levels: NoiseLevels) -> EDMClock:
+    return EDMClock(float(sampling.sigma_min), float(sampling.sigma_max), levels.data_scale)
+
+
+def table_clock(sampling: Any, levels: NoiseLevels) -> DiscreteClock:
+    """Where the network is told no index of the table (the "lcm" of ModelSamplingDiscrete), one says nothing."""
+    sigmas = sampling.sigmas.double().cpu()
+    told = sampling.timestep(sampling.sigmas[-1:]).tolist() == [len(sigmas) - 1]
+    return DiscreteClock(1 / (1 + (sigmas / levels.data_scale).square()), unit=TIME if told else LOG_SNR)
+
+
+# By the class that a ``model_sampling`` is mixed from, most special first.
+CLOCKS: dict[str, Callable[[Any, NoiseLevels], Clock]] = {
+    "ModelSamplingCosmosRFlow": cosmos_clock,
+    "ModelSamplingContinuousV": angle_clock,
+    "ModelSamplingContinuousEDM": edm_clock,
+    "ModelSamplingDiscrete": table_clock,
+}

@@ -11,9 +11,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...training.clocks import LOG_SNR, SIGMA, TIME
 from .noise_levels import NO_NOISE_RELATION, NoiseLevels, levels_of
 
-TIME, SIGMA, LOG_SNR = "time", "sigma", "log_snr"
 UNITS = (TIME, SIGMA, LOG_SNR)
 SLACK = 1e-4  # relative: a sigma that was rounded on its way is within the range
 

@@ -32,6 +32,7 @@ from stylewright.nodes.trainer import StyleFriendlySNRTrainer
 from stylewright.training.adapters.attach import Adapter, attached
 from stylewright.training.adapters.methods import AdapterConfig
 from stylewright.training.adapters.targets import exactly, resolve_targets, target_patterns
+from stylewright.training.denoiser import Conditioning
 from stylewright.training.formats.adapters import load_adapter
 from stylewright.training.gradients import differentiable
 from stylewright.training.predictions import to_x0_eps
@@ -147,13 +148,19 @@ def _answer(model: object, parts: Parts) -> Tensor:
 
 def answer_as_trained(parts: Parts, path: Path) -> Tensor:
     """The prediction with the adapter of a file attached as in training, by peft."""
+    return as_trained(parts, path, lambda *unused: _answer(parts.model, parts))
+
+
+def as_trained(parts: Parts, path: Path, ask: Callable[[ComfyDenoiser, Conditioning], Tensor]) -> Tensor:
+    """What ``ask`` makes of the denoiser with that adapter, and of a prompt."""
     loaded = load_adapter(path)
     config = AdapterConfig(loaded.method, loaded.rank, loaded.alpha, exactly(loaded.names))
     with torch.inference_mode(), training_session(parts.model), torch.no_grad():
         module = parts.model.model.diffusion_model
         with attached(module, config, family=loaded.family, seed=0) as adapter:
             adapter.load_state_dict(loaded.state)
-            return _answer(parts.model, parts)
+            prompts = PromptTable(parts.clip)
+            return ask(ComfyDenoiser(parts.model, prompts), prompts.encode([PROMPT]))
 
 
 @dataclass(frozen=True)

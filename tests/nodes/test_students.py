@@ -1,8 +1,13 @@
 """One-step students in ComfyUI: the shipped one, on the shipped model, and how a file configures the sampler."""
 
+import math
+
 import pytest
 import torch
 from one_step_runs import DEFAULTS, calls_of, hidden, one_step
+from tiny_models import is_known
+
+from stylewright.training.one_step_presets import one_step_of
 
 pytestmark = pytest.mark.comfy
 
@@ -71,6 +76,48 @@ def test_the_file_on_a_model_says_the_time_and_side(shipped, tiny, tiny_prompt):
     with calls_of(other) as calls:
         drawn = one_step(other, tiny_prompt("sdxl", 5), preset=OF_STUDENT)
     assert [float(call.time[0]) for call in calls] == [399.0] and drawn["samples"].shape[-1] == 8
+
+
+# Its own times of data and of noise, by the kind of model, and the sampling that a node puts on it.
+OWN_TIMES = {
+    ("sdxl-edm", None): (math.log(0.002) / 4, math.log(80) / 4),
+    ("cosmos", None): (math.log(0.002) / 4, math.log(80) / 4),
+    ("cosmos-predict2", None): (0.002 / 1.002, 80 / 81),
+    ("hidream-o1", None): (0, 1000),
+    ("flux", None): (0, 1),
+    ("sdxl", ("ModelSamplingContinuousEDM", "eps", 120.0, 0.002)): (math.log(0.002) / 4, math.log(120) / 4),
+    ("sdxl", ("ModelSamplingContinuousV", "v_prediction", 500.0, 0.03)): (
+        math.atan(0.03) * 2 / math.pi,
+        math.atan(500) * 2 / math.pi,
+    ),
+    ("sdxl", ("ModelSamplingDiscrete", "lcm", False)): (19, 999),
+}
+
+
+@pytest.mark.parametrize(("family", "sampling"), OWN_TIMES)
+def test_what_a_file_says_is_the_share_of_the_models_own_time(family, sampling, tiny, tiny_prompt):
+    """Uniform in the time that the network is told, whatever the file states it in."""
+    import comfy_extras.nodes_model_advanced as samplings
+
+    from stylewright.nodes.bridge.noise_levels import clock_of, noise_levels
+    from stylewright.nodes.bridge.students import STUDENT
+
+    if not is_known(family):
+        pytest.skip("a family that this ComfyUI does not know")
+    model = tiny(family).clone()
+    if sampling:
+        name, *widgets = sampling
+        model = getattr(samplings, name)().patch(model, *widgets)[0]
+    clock, (data, noise) = clock_of(model.get_model_object("model_sampling")), OWN_TIMES[family, sampling]
+    for share in (1.0, 0.4):
+        said = one_step_of(clock, noise_levels(model).prediction, share)
+        model.set_attachments(STUDENT, {"family": family, "side": 64, "one_step": said})
+        with calls_of(model) as calls:
+            one_step(model, tiny_prompt(family, 5), preset=OF_STUDENT)
+        time = data + share * (noise - data)
+        nearest = 20 * round((time - 19) / 20) + 19  # of the 50 that LCM knows
+        expected = nearest if sampling and "lcm" in sampling else time
+        assert float(calls[0].time[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_without_a_student_is_refused(tiny, tiny_prompt):

@@ -15,6 +15,10 @@ CLOCKS = {
     "pixart": PIXART,
     "zero-snr": ZERO_SNR,
     "edm": clocks.EDMClock(),
+    "edm-half": clocks.EDMClock(sigma_data=0.5),
+    "hidream-o1": clocks.FlowClock(spread=8.0),
+    "cosmos-predict2": clocks.FlowClock(1.0, (-8.76, 12.43), within=(0.002 / 1.002, 80 / 81)),
+    "angle": clocks.AngleClock((-12.43, 7.01)),
 }
 
 
@@ -61,6 +65,30 @@ def test_edm_time_is_its_noise_conditioning():
     log_snr = torch.tensor([-4.0, 0.0, 5.0])
     sigma = noise.alpha_sigma("ve", log_snr)[1]
     torch.testing.assert_close(clocks.EDMClock().time_of(log_snr), sigma.log() / 4)
+    torch.testing.assert_close(CLOCKS["edm-half"].time_of(log_snr), (0.5 * sigma).log() / 4)
+
+
+def test_the_time_of_louder_noise_is_its_part_in_the_mixture():
+    """x = (1 - t) x0 + 8 t eps: a log_snr of 2 log((1 - t) / 8 t)."""
+    time = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    expected = 2 * torch.log((1 - time) / (8 * time))
+    torch.testing.assert_close(CLOCKS["hidream-o1"].log_snr_of(time), expected)
+    assert clocks.log_snr_at(CLOCKS["hidream-o1"], torch.ones(1)).item() == -math.inf
+
+
+def test_the_angle_is_that_of_noise_to_data():
+    time = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    alpha, sigma = noise.alpha_sigma("vp", CLOCKS["angle"].log_snr_of(time))
+    torch.testing.assert_close((alpha, sigma), ((time * math.pi / 2).cos(), (time * math.pi / 2).sin()))
+
+
+@pytest.mark.parametrize(
+    ("name", "sigmas"), [("cosmos-predict2", (0.002, 80)), ("edm-half", (0.004, 160)), ("angle", (0.03, 500))]
+)
+def test_the_way_from_data_to_noise_is_as_far_as_the_model_goes(name, sigmas):
+    """Noise beside data of unit variance."""
+    found = clocks.log_snr_at(CLOCKS[name], torch.tensor([0.0, 1.0])).tolist()
+    assert found == pytest.approx([-2 * math.log(sigma) for sigma in sigmas], abs=1e-2)
 
 
 def test_a_table_must_decrease():

@@ -3,10 +3,27 @@
 import pytest
 import torch
 
-from stylewright.training.clocks import FlowClock, log_snr_at
+from stylewright.training.clocks import (
+    AngleClock,
+    DiscreteClock,
+    EDMClock,
+    FlowClock,
+    linear_alphas,
+    log_snr_at,
+    zero_terminal_snr,
+)
 from stylewright.training.noise import time_of_log_snr
 from stylewright.training.one_step import ANCESTRAL, FRESH, IMPLIED, SCALED
-from stylewright.training.one_step_presets import ONE_STEP_PRESETS, consistency, one_step_of, trailing
+from stylewright.training.one_step_presets import (
+    ONE_STEP_PRESETS,
+    consistency,
+    log_snr_of_call,
+    one_step_of,
+    restated,
+    student_preset,
+    told_apart,
+    trailing,
+)
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -73,3 +90,32 @@ def test_a_students_level_has_no_more_digits_than_tell_it(share):
     level = one_step_of(FlowClock(), "flow", share)["level"]
     assert torch.equal(torch.tensor([level]), exact) and len(str(level)) <= 11
     assert share == 1 / 3 or level == share
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize(
+    ("clock", "unit"),
+    [
+        (FlowClock(), "sigma"), (FlowClock(1000.0), "sigma"), (DiscreteClock(linear_alphas()), "time"),
+        (DiscreteClock(zero_terminal_snr(linear_alphas())), "time"), (EDMClock(sigma_data=0.5), "log_snr"),
+        (FlowClock(spread=8.0, unit="log_snr"), "log_snr"), (AngleClock((-12.0, 7.0)), "log_snr"),
+        (FlowClock(within=(0.002, 80 / 81), unit="log_snr"), "log_snr"),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_a_level_is_the_level(clock, unit, share):
+    called = one_step_of(clock, "v", share)
+    exact = log_snr_at(clock, torch.tensor([share]))
+    torch.testing.assert_close(log_snr_of_call(called, clock), exact, rtol=1e-6, atol=1e-6)
+    assert called["unit"] == ("sigma" if exact.isneginf() else unit)  # pure noise has no number in log_snr
+    assert called["level"] == 1.0 or not exact.isneginf()
+    preset = student_preset("sdxl", 512, called)
+    assert preset.levels(1) == (called["level"],) and preset.unit == called["unit"]
+
+
+def test_an_older_file_of_an_edm_model_says_the_same():
+    """They stated the network's own time."""
+    clock = EDMClock()
+    older = {"level": clock.ends[1], "unit": "time", "prediction": "v", "start": "unit"}
+    now = one_step_of(clock, "v", 1.0)
+    assert now["unit"] == "log_snr" and told_apart(restated(older, clock), now) is None
+    assert told_apart(restated({**older, "level": 0.5}, clock), now)

@@ -151,17 +151,13 @@ def require_family(file: "AdapterFile", host: "Host") -> None:
 
 def level_of(adapter: Path | None, host: "Host") -> "Tensor | None":
     """The log_snr (1,) at which the student in this file is called; None where it is none."""
-    import torch
-
     from ..formats.contents import read_about
-    from ..noise import log_snr_of_time
+    from ..one_step_presets import log_snr_of_call
 
     about = read_about(adapter) if adapter else None
     if about is None or not about.one_step:
         return None
-    level = torch.tensor([float(about.one_step["level"])])
-    flow = about.one_step["unit"] == "sigma"
-    return log_snr_of_time(level) if flow else cast("TimedDenoiser", host.denoiser).clock.log_snr_of(level)
+    return log_snr_of_call(about.one_step, cast("TimedDenoiser", host.denoiser).clock)
 
 
 def weights_of(host: "Host") -> Callable[[str], "Tensor"]:

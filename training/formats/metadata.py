@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..adapters.methods import UNMERGEABLE
+from ..clocks import LOG_SNR, SIGMA, TIME
 from .keys import UNET_LAYERS
 
 FORMAT_VERSION = 1
@@ -16,7 +17,8 @@ VERSION_KEY = f"{PREFIX}format_version"
 VERSIONS_KEY = f"{PREFIX}versions"
 FULL = "full"  # in the place of an adapter's method, where a file has all weights of a network
 MERGEABLE_KEY = f"{PREFIX}mergeable"  # "false" for what depends on the input of a layer; else not written
-MOST_NOISE = {"sigma": 1, "time": 1000}  # the largest level of a one-step student by its unit
+# Levels of a one-step student by their unit: above the first, up to the second. EDM's time is log(sigma) / 4.
+LEVELS = {SIGMA: (0, 1), TIME: (-1000, 1000), LOG_SNR: (-100, 100)}
 NEEDS_OUR_LOADER = "it cannot be merged into weights: ComfyUI loads it with Stylewright's Load Style LoRA alone"
 # Written with the tensors: the style, the layout that was trained, the layers' names in it, which norm DoRA's scales
 # are relative to ("merged" = of the adapted weight, as in the paper, "base" = of the model's, as ComfyUI computes).
@@ -51,8 +53,8 @@ class AdapterMetadata:
     started_from: str = ""  # the name of the adapter that training began with; "" = none
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, besides rank and alpha
     routing: Mapping[str, Any] = field(default_factory=dict)  # of styleinject: what its routers did at the end
-    # Of a one-step student: ``level`` of its call in ``unit`` ("time" of the teacher's 1000, or "sigma" of a flow), its
-    # ``prediction``, and ``start``, what it is fed ("unit": noise of unit variance).
+    # Of a one-step student: ``level`` of its call in ``unit`` ("time" of the teacher's 1000, "sigma" of a flow, or
+    # "log_snr"; clocks.py), its ``prediction``, and ``start``, what it is fed ("unit": noise of unit variance).
     one_step: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,19 +110,19 @@ def _check_call(one_step: Mapping[str, Any], where: str) -> None:
     """ValueError where the call of a one-step student is at no level of noise."""
     try:
         level, unit = float(one_step["level"]), one_step["unit"]
-        known = unit in MOST_NOISE and {"prediction", "start"} <= one_step.keys()
+        known = unit in LEVELS and {"prediction", "start"} <= one_step.keys()
     except (TypeError, ValueError, KeyError, AttributeError):
         known = False
     if not known:
         raise ValueError(
             f"{where} says that it is a one-step student, and not how it is called: expected a level, its unit "
-            f"({' or '.join(MOST_NOISE)}), prediction and start under {PREFIX}one_step, and got {one_step!r}"
+            f"({', '.join(LEVELS)}), prediction and start under {PREFIX}one_step, and got {one_step!r}"
         )
-    least = 0 if unit == "sigma" else -MOST_NOISE[unit]  # EDM's time is log(sigma) / 4
-    if not least < level <= MOST_NOISE[unit]:
+    least, most = LEVELS[unit]
+    if not least < level <= most:
         raise ValueError(
             f"{where} says that its student is called at {unit} {level:g}: expected more than {least}, up to "
-            f"{MOST_NOISE[unit]}. The file was changed or is damaged: take the one that its run wrote"
+            f"{most}. The file was changed or is damaged: take the one that its run wrote"
         )
 
 

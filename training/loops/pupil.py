@@ -6,11 +6,12 @@ from typing import Any
 
 from ..adapters.stand_in import base_weight
 from ..adapters.whole import Whole
+from ..clocks import LOG_SNR
 from ..data.prompts import Prompts
 from ..denoiser import TimedDenoiser
 from ..formats.metadata import FULL, AdapterMetadata
 from ..formats.starting import Start, WholeStart
-from ..one_step_presets import one_step_of, told_apart
+from ..one_step_presets import one_step_of, restated, told_apart
 from .distil_config import DistilConfig
 from .likeness import Likeness
 from .networks import Networks, Worn
@@ -63,7 +64,9 @@ def require_called_alike(start: Start | WholeStart | None, denoiser: TimedDenois
     """ValueError for a student to begin with that is called at another time, at which it alone draws."""
     if start is None or not start.one_step:
         return
-    if differing := told_apart(start.one_step, one_step_of(denoiser.clock, denoiser.prediction, config.time)):
+    said, ours = start.one_step, one_step_of(denoiser.clock, denoiser.prediction, config.time)
+    said = restated(said, denoiser.clock) if ours["unit"] == LOG_SNR else said
+    if differing := told_apart(said, ours):
         what, before, now = differing
         raise ValueError(
             f"{start.name} is a one-step student whose {what} is {before}, and with time={config.time:g} "

@@ -115,7 +115,13 @@ CALL = {"level": 0.4, "unit": "sigma", "prediction": "flow", "start": "unit"}
 
 @pytest.mark.parametrize(
     "call",
-    [CALL, {**CALL, "level": 1}, {**CALL, "level": -0.2, "unit": "time"}, {**CALL, "level": 399.0, "unit": "time"}],
+    [
+        CALL,
+        {**CALL, "level": 1},
+        {**CALL, "level": -0.2, "unit": "time"},
+        {**CALL, "level": 399.0, "unit": "time"},
+        {**CALL, "level": -8.764053, "unit": "log_snr"},
+    ],
 )
 def test_the_call_of_a_student_comes_back(call):
     about = read_metadata(build_metadata(AdapterMetadata("flux", "lora", 4, one_step=call)), "a file")
@@ -130,7 +136,8 @@ def test_the_call_of_a_student_comes_back(call):
         ({"level": float("nan")}, "called at sigma nan"),
         ({"level": 1400, "unit": "time"}, "called at time 1400: expected more than -1000, up to 1000"),
         ({"level": "late"}, "not how it is called"),
-        ({"unit": "log_snr"}, "sigma or time"),
+        ({"level": float("-inf"), "unit": "log_snr"}, "called at log_snr -inf"),
+        ({"unit": "percent"}, "sigma, time, log_snr"),
         ({"start": None}, ""),
     ],
 )
