@@ -6,12 +6,12 @@ this counts the bytes of the tensors that are made, from their making to their e
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 GIB = 2**30
@@ -48,7 +48,8 @@ class Footprint(TorchDispatchMode):
         self._trace = [0]
         self._lap_flops = 0
         self._device = device
-        self._known: set[int] = set()  # keys of the storages that are counted, or that came from outside
+        # The storages that are counted, or that came from outside, by their keys; each is told of its end.
+        self._known: dict[int, weakref.ref] = {}
 
     def lap(self) -> Lap:
         """What was since the last lap."""
@@ -59,13 +60,12 @@ class Footprint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         # A tensor that came from outside is an argument before it can be (a view in) a result.
-        for leaf in tree_leaves((args, kwargs)):
-            self._see(leaf, counts=False)
+        self._see(args, counts=False)
+        self._see(kwargs, counts=False)
         # As without this mode: classes such as ComfyUI-GGUF's see functions of torch, not the operations below them.
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            self._see(leaf, counts=True)
+        self._see(result, counts=True)
         self.peak = max(self.peak, self.live)
         self._trace.append(self.live)
         formula = _FORMULAS.get(func._overloadpacket)
@@ -74,23 +74,29 @@ class Footprint(TorchDispatchMode):
         return result
 
     def _see(self, value: object, *, counts: bool) -> None:
-        if isinstance(value, Tensor) and value.device.type != "meta":
-            storage = value.untyped_storage()
+        """Tensors, and lists and dicts of them: all that an operation is given. Called for each, so it is short."""
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                self._know(value.untyped_storage(), counts)
+        elif isinstance(value, tuple | list):
+            for each in value:
+                self._see(each, counts=counts)
+        elif isinstance(value, dict):
+            for each in value.values():
+                self._see(each, counts=counts)
         elif isinstance(value, torch.UntypedStorage):  # a tensor may be made over existing memory
-            storage = value
-        else:
-            return
+            self._know(value, counts)
+
+    def _know(self, storage: torch.UntypedStorage, counts: bool) -> None:
         key = storage._cdata
         if key in self._known:
             return
-        ours = counts and self._device in (None, storage.device)
-        size = storage.nbytes() if ours else 0
-        self._known.add(key)
+        size = storage.nbytes() if counts and self._device in (None, storage.device) else 0
+        self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
         self.live += size
-        weakref.finalize(storage, self._forget, key, size).atexit = False
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _forget(self, key: int, size: int, reference: weakref.ref) -> None:
+        del self._known[key]
         self.live -= size
 
 
