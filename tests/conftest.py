@@ -109,6 +109,13 @@ class SkippedTest(pytest.Item):
         return self.path, self.line, self.name
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With ``-m comfy`` only modules are imported that have such tests: importing all takes long."""
+    if config.option.markexpr == "comfy" and collection_path.match("test_*.py"):
+        return "mark.comfy" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def pytest_pycollect_makemodule(module_path, parent):
     if parent.config.has_comfy or not _has_mark(ast.parse(module_path.read_text(encoding="utf-8")), "comfy"):
         return None
