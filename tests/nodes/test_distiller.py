@@ -9,6 +9,7 @@ from training_runs import memory
 pytestmark = pytest.mark.comfy
 
 PROMPTS = "{tree|star} in {ocean|jazz} style\n# a remark\nhouse"
+FIRST = []  # the student that other tests begin with
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def distil(embedded, folders):
     inputs = PGSBDistiller.define_schema().inputs
     defaults = {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}
     small = {
-        "prompts": PROMPTS, "steps": 4, "batch_size": 2, "rank": 4, "fake_rank": 3, "resolution": 32, "save_every": 2,
+        "prompts": PROMPTS, "steps": 2, "batch_size": 2, "rank": 4, "fake_rank": 3, "resolution": 32, "save_every": 2,
         "learning_rate": 1e-3, "sample_steps": 2, "file_name": "mine", "target_patterns": r"img_attn\.qkv",
     }  # fmt: skip
 
@@ -47,12 +48,20 @@ def distil(embedded, folders):
     return run
 
 
+@pytest.fixture
+def first(distil):
+    """A student, distilled once."""
+    if not FIRST:
+        FIRST.append(distil(ema_decay=0.0, file_name="first")[0])
+    return FIRST[0]
+
+
 def test_a_student_comes_out_and_sets_the_sampler_up(distil, embedded):
     from stylewright.nodes.bridge.adapters import Strengths, apply_adapter
     from stylewright.nodes.bridge.students import preset_of
 
     places, before = memory(embedded.model)
-    lora, losses, path, samples = distil(sample_prompt="tree", sample_every=2, target_patterns="")
+    lora, losses, path, samples = distil(steps=4, sample_prompt="tree", sample_every=2, target_patterns="")
     assert lora.file.about.one_step == {"level": 1.0, "unit": "sigma", "prediction": "flow", "start": "unit"}
     assert len(losses["loss"]) == 4 and path.endswith("mine_00001_.safetensors")
     assert samples.shape[0] == 1 and samples.shape[2] > 3 * 32  # the teacher's, and the student's after 2 and 4 steps
@@ -90,10 +99,9 @@ def effect(lora):
 
 
 @pytest.mark.parametrize("loader", ["ours", "stock"])
-def test_a_student_is_where_the_run_begins(loader, distil, embedded):
+def test_a_student_is_where_the_run_begins(loader, first, distil, embedded):
     import comfy.sd
 
-    first, *_ = distil(ema_decay=0.0)
     if loader == "ours":
         student, strength = with_lora(embedded.model, first, 0.5), 0.5
     else:
@@ -106,7 +114,7 @@ def test_a_student_is_where_the_run_begins(loader, distil, embedded):
         assert torch.allclose(after[name], strength * change, atol=1e-7 + 1e-5 * float(change.abs().max()))
 
 
-def test_the_teachers_loras_are_in_the_students_file(distil, embedded):
+def test_the_teachers_loras_are_in_the_students_file(first, distil, embedded):
     import comfy.sd
 
     style, *_ = distil(ema_decay=0.0, file_name="style", seed=5)
@@ -115,7 +123,6 @@ def test_the_teachers_loras_are_in_the_students_file(distil, embedded):
     lora, *_ = distil(teacher=teacher, file_name="of_style", **short)
     before, after = effect(style), effect(lora)
     assert all(torch.allclose(after[name], change, atol=1e-6) for name, change in before.items())
-    first, *_ = distil(ema_decay=0.0)
     lora, *_ = distil(teacher=teacher, student=with_lora(teacher, first), rank=8, file_name="both", **short)
     more, after = effect(first), effect(lora)
     assert all(torch.allclose(after[name], change + more[name], atol=1e-6) for name, change in before.items())
@@ -162,7 +169,7 @@ def test_prompts_of_a_file(distil, tmp_path, monkeypatch):
     (tmp_path / "input").mkdir()
     (tmp_path / "input" / "mine.txt").write_text("tree\n# a remark\n{star|house}\n")
     lora, *_ = distil(prompts="", prompt_file="mine.txt")
-    assert lora.file.about.steps == 4
+    assert lora.file.about.steps == 2
     for name in ("nothing.txt", "../secret.txt", str(tmp_path / "output")):
         with pytest.raises(ValueError, match="no file"):
             distil(prompts="", prompt_file=name)
@@ -219,9 +226,8 @@ def notes(monkeypatch):
     return said
 
 
-def test_a_one_step_student_is_no_teacher(distil, embedded):
-    first, *_ = distil()
-    with pytest.raises(ValueError, match=r"the teacher has a one-step student on it \(mine_00001_\.safetensors\)"):
+def test_a_one_step_student_is_no_teacher(first, distil, embedded):
+    with pytest.raises(ValueError, match=r"the teacher has a one-step student on it \(first_00001_\.safetensors\)"):
         distil(teacher=with_lora(embedded.model, first))
 
 
@@ -237,8 +243,7 @@ def test_another_size_than_the_models_is_said(distil, notes):
     assert any("draws pictures of 128 pixels, and resolution is 32" in note for note in notes)
 
 
-def test_a_student_on_layers_that_are_not_adapted_is_refused(distil, embedded):
-    first, *_ = distil(ema_decay=0.0)
+def test_a_student_on_layers_that_are_not_adapted_is_refused(first, distil, embedded):
     with pytest.raises(ValueError, match=r"does not adapt, such as double_blocks\.0\.img_attn\.qkv"):
         distil(student=with_lora(embedded.model, first), target_patterns=r"txt_attn\.qkv")
 
