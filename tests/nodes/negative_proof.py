@@ -144,8 +144,8 @@ def unmasked(text, mask):
     return text if mask is None else text[:, mask[0, 0, 0] == 0]
 
 
-def texts(model, family, prompt, **drawing):
-    """What each layer is given of a prompt, where all steps are given the same."""
+def texts(model, family, prompt):
+    """What each layer is given of a prompt: in one step, for all are given the same."""
     layers, found = layers_of(model, family), {}
 
     def forward(layer, own):
@@ -156,7 +156,7 @@ def texts(model, family, prompt, **drawing):
         return keep
 
     with in_place(layers, forward):
-        draw(model, family, prompt, **drawing)
+        draw(model, family, prompt, sigmas=[sigmas_of(model)[0], 0.0])
     return found
 
 
