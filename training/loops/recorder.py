@@ -154,7 +154,7 @@ class Recorder:
     def _save_parts(self, parts: dict[str, Tensor]) -> str:
         """Those of what learns that each process has, in a folder of their own. Its name."""
         assert self._path is not None, "only what is kept is saved"
-        name = f"parts-{self._learner.step:08}"
+        name = f"{PARTS}-{self._learner.step:08}"
         with self._processes.together():
             if self._run:
                 self._run.clear(name)
