@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...training.clocks import FLOW_RANGE, LOG_SNR, TIME, AngleClock, Clock, DiscreteClock, EDMClock, FlowClock
-from ...training.noise import alpha_sigma, expand, log_snr_of_time, shift_log_snr, timestep_shift
+from ...training.noise import alpha_sigma, expand, log_snr_of_time, timestep_shift
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def flow_clock(levels: NoiseLevels) -> FlowClock:
     """What ComfyUI calls sigma; where its noise is louder than the data, that is not the level that others mean."""
     if levels.noise_scale == 1:
         return FlowClock()
-    low, high = (shift_log_snr(end, levels.noise_scale) for end in FLOW_RANGE)
+    low, high = (end + timestep_shift(levels.noise_scale) for end in FLOW_RANGE)
     return FlowClock(log_snr_range=(low, high), spread=levels.noise_scale, unit=LOG_SNR)
 
 
