@@ -180,7 +180,7 @@ class PGSBDistiller(io.ComfyNode):
             pretraining_steps=pretraining_steps,
             pretraining_pairs=pretraining_pairs,
             pretraining_teacher_steps=pretraining_teacher_steps,
-            pretraining_guidance=None if pretraining_guidance == AS_THE_CONVENTION else pretraining_guidance,
+            pretraining_guidance=None if pretraining_guidance < 0 else pretraining_guidance,
         )
         job = DistilJob(
             prompts_of(prompts, prompt_file, style_phrase),

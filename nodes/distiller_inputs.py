@@ -322,7 +322,7 @@ def lessons() -> list[io.Input]:
             step=0.1,
             optional=True,
             advanced=True,
-            tooltip="CFG of these pictures. -1 = what the convention leads to: 1 with pg-sb, with dmd the middle of "
-            "the guidance range.",
+            tooltip="CFG of these pictures. Below 0: what the convention leads to, which is 1 with pg-sb, and with dmd "
+            "the middle of the guidance range.",
         ),
     ]

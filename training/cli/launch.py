@@ -89,16 +89,18 @@ def _joined() -> Launch:
 
 def _sharding(device: str, count: int) -> Callable[[Any], Any]:
     """As accelerate's FSDP plugin is configured. ValueError for its first version, which flattens weights."""
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "accelerate is configured for FSDP's first version: expected fsdp_version 2 (--fsdp_version 2)"
+        )
+    if device == "cpu" and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+        raise ValueError("fsdp_offload_params is on, and all is computed on the CPU: there is nowhere to offload from")
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
 
     from ..sharding import sharded
 
     plugin: Any = FullyShardedDataParallelPlugin()
-    if getattr(plugin, "fsdp_version", 1) != 2:
-        raise ValueError(
-            "accelerate is configured for FSDP's first version: expected fsdp_version 2 (--fsdp_version 2)"
-        )
     mesh = init_device_mesh(device, (count,))
     # Of blocks that answer with views. Nothing here writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")

@@ -108,7 +108,8 @@ def _contents(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tenso
     if about is not None and about.method == FULL:
         raise ValueError(
             f"{path} has all weights of a {about.family} network, as `stylewright distill --full` writes them, and is "
-            "no adapter: ComfyUI's Load Diffusion Model and `stylewright generate --adapter` read it"
+            "no adapter: ComfyUI's Load Diffusion Model and `stylewright generate --adapter` read it, and `distill "
+            "--full --init-model` begins with it"
         )
     layers, unknown = read_layers(tensors, about)
     if not layers:

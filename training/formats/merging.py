@@ -65,7 +65,7 @@ def _merge_whole(first: Path, second: Path, target: Path, weight: float, changed
     """Of two students, one of which at least has all weights, tensor by tensor in float32. How many."""
     require_weight(weight)
     names = names_apart(first, second)
-    about = merged_about(read_about(first), read_about(second), names)
+    about = merged_about(read_about(first), read_about(second), names, weight)
     for path in (first, second):
         _require_weights(path, changed)
     one, other = (load_whole(path) if changed is None or is_whole(path) else changed(path) for path in (first, second))
@@ -104,7 +104,7 @@ def merged_files(first: AdapterFile, second: AdapterFile, weight: float) -> Adap
     """The same of files that are open already."""
     require_weight(weight)
     names = names_apart(first.path, second.path)
-    about = merged_about(first.about, second.about, names)
+    about = merged_about(first.about, second.about, names, weight)
     for file in (first, second):
         if file.unknown:
             raise ValueError(f"{file.path} has tensors that we do not understand, for example {file.unknown[0]}")
@@ -167,9 +167,9 @@ def _side_by_side(name: str, layers: list[Layer]) -> Layer:
 
 
 def merged_about(
-    first: AdapterMetadata | None, second: AdapterMetadata | None, names: tuple[str, str]
+    first: AdapterMetadata | None, second: AdapterMetadata | None, names: tuple[str, str], weight: float
 ) -> AdapterMetadata:
-    """What is true of both students. ValueError naming what they differ in."""
+    """What is true of both students, and the size of the weightier one. ValueError naming what they differ in."""
     for about, name in zip((first, second), names, strict=True):
         if about is None or not about.one_step:
             raise ValueError(f"{name} does not say that it is a one-step student: only those are merged")
@@ -180,11 +180,12 @@ def merged_about(
     if differing := told_apart(first.one_step, second.one_step):
         _refuse(f"the student's {differing[0]}", *differing[1:], names)
     same = {field: getattr(first, field) for field in COMMON if getattr(first, field) == getattr(second, field)}
+    same["resolution"] = (first if weight >= 0.5 else second).resolution or first.resolution or second.resolution
     kept = {field: getattr(first, field) for field in (*ALIKE, "one_step", "unet_layers")}
     return AdapterMetadata(method="lora", rank=1, title="One-step student", **kept, **same)
 
 
-COMMON = ("base_model", "style_phrase", "trigger", "resolution", "targets")
+COMMON = ("base_model", "style_phrase", "trigger", "targets")
 
 
 def _refuse(what: str, one: str, other: str, names: tuple[str, str]) -> NoReturn:

@@ -166,6 +166,17 @@ class RunDirectory:
             save_state(self.checkpoint, content)
         self.clear(f"{PARTS}-*", but=state.get(PARTS))
 
+    def require_space(self, trained: int, advice: str = "") -> None:
+        """ValueError if the disk is too full for the checkpoints of a run that trains so many bytes."""
+        kept = [self.checkpoint, self.adapter, *self.path.glob(f"{PARTS}-*/*")]  # which the next ones replace
+        held = sum(file.stat().st_size for file in kept if file.is_file())
+        needed, free = DISK_FACTOR * trained + SPARE_BYTES - held, shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ValueError(
+                f"{self.path} has {free / 2**20:.0f} MiB free and the checkpoints of this run need up to "
+                f"{needed / 2**20:.0f} MiB: make room, choose another folder{advice}."
+            )
+
     def clear(self, pattern: str, *, but: str | None = None) -> None:
         """Removes the folders of parts that are called so."""
         for folder in self.path.glob(pattern):
@@ -242,16 +253,6 @@ def opened_by_one(
             if isinstance(run, Path) and processes.writes:
                 run = stack.enter_context(open_run(run, kind))
         yield run if isinstance(run, RunDirectory) and processes.writes else None
-
-
-def require_space(path: Path, adapter_bytes: int) -> None:
-    """ValueError if the disk under ``path`` is too full for the checkpoints of an adapter of this size."""
-    needed, free = DISK_FACTOR * adapter_bytes + SPARE_BYTES, shutil.disk_usage(path).free
-    if free < needed:
-        raise ValueError(
-            f"{path} has {free / 2**20:.0f} MiB free and the checkpoints of this run need up to "
-            f"{needed / 2**20:.0f} MiB: make room, choose another folder, or lower adapter.rank."
-        )
 
 
 def read_config(path: Path) -> TrainConfig:

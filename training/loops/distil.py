@@ -89,9 +89,11 @@ def distil(
     require_alike(to_table(config), processes)
     if isinstance(start, WholeStart) and not config.full:
         raise ValueError(f"Got all weights of {start.name} to begin with: a student that is an adapter has others.")
-    _refuse_what_cannot_work(config, likeness, in_parts=processes.sharded, copied=frozen is not None)
+    with processes.together():
+        _refuse_what_cannot_work(config, likeness, in_parts=processes.sharded, copied=frozen is not None)
+        share = share_of(config, processes)
     require_called_alike(start, denoiser, config)
-    device, share = torch.device(device), share_of(config, processes)
+    device = torch.device(device)
     with ExitStack() as stack:
         run = stack.enter_context(opened_by_one(run_dir, processes, DistilConfig))
         if run is not None and config.full:

@@ -1,6 +1,7 @@
 """What a run tells and keeps: reports, samples, checkpoints, and a last checkpoint when something is raised."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import IncompatibleCheckpoint
-from ..formats.parts import load_parts, put_back, room_for_parts, save_parts, taken_out
+from ..formats.parts import TOKEN, load_parts, put_back, room_for_parts, save_parts, taken_out
 from ..formats.routing import routing_table, summary_of
 from ..processes import ALONE, Processes
-from .checkpoint import CHECKPOINT, PARTS, RunDirectory, disk_errors, require_space
+from .checkpoint import CHECKPOINT, PARTS, RunDirectory, disk_errors
 from .config import RunConfig
 from .events import Event, EventLog, bins_of, peak_memory
 from .learner import Learner
@@ -62,7 +63,9 @@ class Recorder:
         with processes.together():
             self._log = EventLog(run.events if run else None, learner.step)
             if run:
-                require_space(run.path, sum(p.numel() * p.element_size() for p in learner.all_parameters))
+                run.clear(f"{PARTS}-*", but=state.get(PARTS) if state else None)  # of a save that failed
+                size = sum(p.numel() * p.element_size() for p in learner.all_parameters)
+                run.require_space(size, "" if subject.whole else ", or lower adapter.rank")
                 run.save_config(config)
         self._save_adapter()  # the process before may have been killed between checkpoint and adapter
         self.save()
@@ -144,23 +147,24 @@ class Recorder:
             return
         state, parts = taken_out({**self._learner.state_dict(), "processes": self._count})
         if parts:
-            state[PARTS] = self._save_parts(parts)
+            state |= self._save_parts(parts)
         with self._processes.together():
             if self._run:
                 self._run.save(state, self._config, self._subject.identity)
         self._saved = self._learner.step
         self._save_adapter()
 
-    def _save_parts(self, parts: dict[str, Tensor]) -> str:
-        """Those of what learns that each process has, in a folder of their own. Its name."""
+    def _save_parts(self, parts: dict[str, Tensor]) -> dict[str, Any]:
+        """Those of what learns that each process has, in a folder of their own: which it is, for the checkpoint."""
         assert self._path is not None, "only what is kept is saved"
         name = f"{PARTS}-{self._learner.step:08}"
+        token = self._processes.shared(secrets.randbits(62))
         with self._processes.together():
             if self._run:
                 self._run.clear(name)
         with self._processes.together(), disk_errors(self._path / name, self._path / CHECKPOINT):
-            save_parts(self._path / name, parts, self._processes.words)
-        return name
+            save_parts(self._path / name, parts, token, self._processes.words)
+        return {PARTS: name, TOKEN: token}
 
     def _with_parts(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """A checkpoint's state with this process's parts of what was saved in parts."""
@@ -169,10 +173,10 @@ class Recorder:
         folder = self._path / state[PARTS]
         try:
             with self._processes.together():
-                parts = room_for_parts(folder, self._learner.parameters[0])
-                found = put_back(state, parts)  # KeyError for one that is missing
-            load_parts(folder, parts, self._processes.words)
-            return found
+                parts = room_for_parts(folder, state, self._learner.parameters[0])
+            with self._processes.together():  # loading waits for the others, and then each looks at what it has
+                load_parts(folder, parts, state[TOKEN], self._processes.words)
+            return put_back(state, parts)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise IncompatibleCheckpoint(
                 f"{folder}, a part of the checkpoint beside it, cannot be read ({error}). Every process needs this "
@@ -205,14 +209,15 @@ class Recorder:
         except BaseException as error:
             if not self._processes.all_raise(error):
                 self._processes = ALONE  # the others do not come here, or not at the same step
-            self._save_what_is_sound()
+            self._save_what_is_sound(error)
             raise
 
-    def _save_what_is_sound(self) -> None:
+    def _save_what_is_sound(self, error: BaseException) -> None:
         if not self._learner.whole:
             return
         if self._learner.in_parts and self._processes.count < self._count:
-            logger.error("The checkpoint of step %s is the last one: only all processes can save.", self._saved)
+            said = "%s. The last checkpoint is that of step %s, for only all processes can save"
+            logger.error(said, str(error) or type(error).__name__, self._saved)
             return
         try:
             self._event()

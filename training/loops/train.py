@@ -86,7 +86,8 @@ def train(
     from within the model, the last complete step is saved before it goes on.
     """
     require_alike(config_to_table(config), processes)
-    device, share = torch.device(device), share_of(config, processes)
+    with processes.together():
+        device, share = torch.device(device), share_of(config, processes)
     if processes.sharded and share.parts < processes.count and any(e.role == BASE for e in dataset.examples):
         raise ValueError(
             "Pictures that keep what the base model says take a pass more than others, and of a model in parts all "

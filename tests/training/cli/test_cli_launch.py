@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import stylewright
 from stylewright.training.cli.app import run
 from stylewright.training.cli.launch import Launch, as_launched, launched
+from stylewright.training.cli.launch import _sharding as parts_of_devices
 from stylewright.training.processes import ALONE, Processes
 
 SMALL = ["--resolution", "64", "--accumulation", "2", "--rank", "2", "--style-phrase", "<v0>", "--images", "pictures"]
@@ -81,3 +82,14 @@ def test_two_processes_in_parts_are_one(workplace, monkeypatch, capsys):
     files = [load_file(folder / "adapter.safetensors") for folder in (one, two)]
     for key, tensor in files[0].items():
         torch.testing.assert_close(files[1][key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("configured", "words"),
+    [({"FSDP_VERSION": "1"}, "expected fsdp_version 2"), ({"FSDP_OFFLOAD_PARAMS": "true"}, "nowhere to offload from")],
+)
+def test_what_cannot_be_done_in_parts_is_named(configured, words, monkeypatch):
+    for name, value in ({"FSDP_VERSION": "2"} | configured).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        parts_of_devices("cpu", 2)

@@ -184,3 +184,12 @@ def test_what_is_not_finite_is_never_written(where, tmp_path):
     with pytest.raises(ValueError, match=r"a\.weight is not finite between a\.safetensors and b\.safetensors"):
         merge_students(one, adapter, tmp_path / "m.safetensors", 0.5, changed=lambda _: states["the adapter"])
     assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(("weight", "side"), [(1.0, 64), (0.5, 64), (0.4, 128)])
+def test_the_size_is_the_weightier_students(tmp_path, weight, side):
+    """For the sampler draws it, and would draw the family's usual size without one."""
+    one = student(tmp_path / "a.safetensors", resolution=64)
+    two = student(tmp_path / "b.safetensors", resolution=128, seed=1)
+    merge_students(one, two, tmp_path / "m.safetensors", weight)
+    assert read_adapter(tmp_path / "m.safetensors").about.resolution == side

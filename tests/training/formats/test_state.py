@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 
 import pytest
@@ -94,3 +95,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
     assert [each.name for each in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_is_for_those_for_whom_the_users_files_are(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_state(tmp_path / "state.safetensors", {"a": torch.zeros(1)})
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask

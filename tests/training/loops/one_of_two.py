@@ -39,6 +39,13 @@ METHODS = ("lora", "rslora", "dora", "lokr", "loha", "oft")
 STEPS = {"dealt out": (2, 4), "cut": (4, 1), "both": (3, 2)}  # batch_size, accumulation
 DISTILLED = {"dealt out": (2, 2), "cut": (4, 1)}
 WHOLE = {"full": True, "ema_decay": 0.9, "learning_rate": 1e-2}
+# Folders of a stopped run, and what is missing in each.
+LACKING = {
+    "whole lacks": "parts-*",
+    "first lacks": "shard-00001*",
+    "last lacks": "shard-00002*",
+    "whole of another": "",
+}
 RUN = {"steps": 6, "save_every": 2, "ema_decay": 0.9, "scheduler": "cosine", "clip_norm": 0.05, "caption_dropout": 0.3}
 
 
@@ -256,10 +263,15 @@ def everything(processes, folder):
     with processes.together():
         if processes.writes:
             shutil.copytree(folder / "whole", folder / "whole stopped")
-            shutil.copytree(folder / "whole", folder / "whole lacks", ignore=shutil.ignore_patterns("parts-*"))
+            shutil.copytree(folder / "whole", folder / "whole stopped before")
+            for name, lacking in LACKING.items():
+                shutil.copytree(folder / "whole", folder / name, ignore=shutil.ignore_patterns(lacking))
+            for shard in (folder / "whole cut").glob("parts-*/*"):
+                shutil.copy(shard, folder / "whole of another" / "parts-00000001")
     state["whole"] = distilled(parts, folder / "whole", **WHOLE, **in_parts_twice())
     state["whole from one"] = distilled(parts, folder / "whole of one", **WHOLE, **in_parts_twice())
-    told["lacks"] = refused(distilled, parts, folder / "whole lacks", **WHOLE, **in_parts_twice())
+    for name in LACKING:
+        told[name] = refused(distilled, parts, folder / name, **WHOLE, **in_parts_twice())
     told["rows"] = rows(processes)
     told["words"] = [processes.shared(rank), processes.gathered(rank)]
     save_state(folder / f"state-{rank}.safetensors", state)

@@ -354,3 +354,17 @@ def test_a_file_in_the_place_of_a_run_s_folder_is_named(tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "inner"):
         with pytest.raises(ValueError, match=r"run is a file\. Choose another folder"), open_run(path):
             pass
+
+
+def test_a_run_needs_no_more_room_for_what_it_replaces(run_to, monkeypatch):
+    _, folder = run_to("run")
+    held = sum((folder / name).stat().st_size for name in ("checkpoint.safetensors", "adapter.safetensors"))
+    run = RunDirectory(folder)
+    for free, enough in ((held - 1, False), (held, True)):
+        usage = shutil._ntuple_diskusage(10**9, 10**9, checkpoint.SPARE_BYTES + 12 * held - 2 * held + free)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if enough:
+            run.require_space(held)
+        else:
+            with pytest.raises(ValueError, match="make room, choose another folder or so"):
+                run.require_space(held, " or so")

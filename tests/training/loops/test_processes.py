@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import stylewright
 from stylewright.training.data.dataset import Dataset
+from stylewright.training.errors import IncompatibleCheckpoint
 from stylewright.training.formats.state import load_state
 from stylewright.training.loops.events import read_events
 from stylewright.training.loops.share import share_of
@@ -188,9 +189,26 @@ def test_parts_continue_on_one_process_and_whole_weights_in_parts(work, states, 
     assert [path.parts[0] for path in shards] == ["parts-00000003"] * 2
 
 
-def test_parts_that_are_missing_and_what_they_cannot_do_is_named(told):
-    assert told["lacks"][0] == "IncompatibleCheckpoint"
-    assert "parts-00000001, a part of the checkpoint" in told["lacks"][1]
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("whole lacks", "no such folder"),
+        ("first lacks", "it has shard-00002-model"),
+        ("last lacks", "it has shard-00001-model"),
+        ("whole of another", "of another checkpoint"),
+    ],
+)
+def test_parts_that_are_missing_or_anothers_are_named_and_nothing_is_written(work, told, two, tmp_path, name, why):
+    kind, text = told[name]
+    assert kind == "IncompatibleCheckpoint"
+    assert "parts-00000001, a part of the checkpoint" in text and why in text
+    with pytest.raises(IncompatibleCheckpoint, match=why):
+        work.distilled(ALONE, two / name, **work.WHOLE)
+    before, after = (two / each / "student.safetensors" for each in ("whole stopped before", name))
+    assert after.read_bytes() == before.read_bytes()
+
+
+def test_what_parts_cannot_do_is_named(told):
     assert told["prodigy"][0] == "ValueError"
     assert "expected one of adam, adamw, schedule-free" in told["prodigy"][1]
     assert len(told["schedule-free"]) > 0
