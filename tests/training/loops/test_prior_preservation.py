@@ -130,5 +130,5 @@ def test_a_run_with_other_weights_is_another_run(with_priors, run_to):
 
     run_to("run", data=with_priors(weight=1.0))
     for other in (with_priors(weight=2.0), with_priors("base")):
-        with pytest.raises(IncompatibleCheckpoint, match="fingerprint"):
+        with pytest.raises(IncompatibleCheckpoint, match="the pictures, captions or masks are others"):
             run_to("run", data=other)

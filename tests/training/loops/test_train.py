@@ -482,6 +482,6 @@ def test_a_run_begins_with_another_adapter_and_continues_with_the_same_one_only(
     further = replace(config, steps=4)
     straight = train(denoiser, dataset, further, run_dir=None, start=start)
     assert_same(train(denoiser, dataset, further, run_dir=run, start=start).adapter_state, straight.adapter_state)
-    with pytest.raises(IncompatibleCheckpoint, match="start was"):
+    with pytest.raises(IncompatibleCheckpoint, match="to begin with is given no more"):
         train(denoiser, dataset, further, run_dir=run)
     assert read_metadata(read_adapter(run / "adapter.safetensors").header, "it").started_from == "first"
