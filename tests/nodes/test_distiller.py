@@ -297,5 +297,7 @@ def test_a_student_may_begin_with_its_teachers_pictures(distil, embedded, monkey
     assert "apart" in read_events(seen["run_dir"].events)[-1].others
     with pytest.raises(ValueError, match="pretraining_steps"):
         distil(steps=2, pretraining_steps=3, file_name="too many")
+    with pytest.raises(ValueError, match="with pretraining_steps, or nothing"):
+        distil(steps=2, pretraining_guidance=3.0, file_name="none")
     with pytest.raises(ValueError, match="with pretraining_steps some"):
         distil(steps=2, pretraining_pairs=3, file_name="none")

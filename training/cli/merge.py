@@ -34,6 +34,8 @@ def merge(
     from ..formats.merging import merge_students
     from ..formats.resizing import Cut
 
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} would be no file that others open: expected a name that ends in .safetensors")
     if target.exists():
         raise ValueError(f"{target} is there already: name a new file to write, or remove that one before")
     if components is not None and model is None:

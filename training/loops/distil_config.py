@@ -109,7 +109,8 @@ class DistilConfig:
         self._require("pretraining_steps", 0 <= first <= self.steps, f"0 or more, up to steps={self.steps}")
         self._require("pretraining_pairs", pairs >= 0 and (first > 0 or not pairs), "0, or with pretraining_steps some")
         scale = self.pretraining_guidance
-        self._require("pretraining_guidance", scale is None or 0 <= scale < math.inf, "0 or more, or nothing")
+        fits = scale is None or (0 <= scale < math.inf and first > 0)
+        self._require("pretraining_guidance", fits, "0 or more with pretraining_steps, or nothing")
         for rate in (self.learning_rate, self.fake_learning_rate):
             check_optimizer(self.optimizer, rate, self.scheduler, self.ema_decay)
         self._require("fake_rank", self.fake_rank >= 1, "at least 1")

@@ -26,6 +26,8 @@ def test_two_students_become_one_that_draws(workplace, capsys):
     for there in (files[0], "merged.safetensors"):
         assert run(["merge", *files, there]) == 1
         assert "is there already" in capsys.readouterr().err
+    assert run(["merge", *files, "merged.txt"]) == 1
+    assert "ends in .safetensors" in capsys.readouterr().err and not (workplace / "merged.txt").exists()
     assert (workplace / files[0]).read_bytes() == before
     drawing = ["generate", "--adapter", "merged.safetensors", "--prompt", "star", "--size", "32x32"]
     assert run([*drawing, "--json"]) == 0 and json.loads(capsys.readouterr().out)["pictures"]

@@ -97,7 +97,8 @@ def test_all_weights_may_begin_so():
         ({"pretraining_steps": 7}, "up to steps=6"),
         ({"pretraining_pairs": 8}, "with pretraining_steps"),
         ({"pretraining_teacher_steps": 0}, "pretraining_teacher_steps=0"),
-        ({"pretraining_guidance": -1.0}, "pretraining_guidance=-1.0"),
+        ({"pretraining_guidance": -1.0, "pretraining_steps": 2}, "pretraining_guidance=-1.0"),
+        ({"pretraining_guidance": 3.0}, "with pretraining_steps"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(changes, words):
